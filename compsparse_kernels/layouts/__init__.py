@@ -1,0 +1,5 @@
+"""How a sparse pattern is stored: frozen dataclasses of index tensors, checked once, at construction."""
+
+from compsparse_kernels.layouts.block import BlockLayout, BlockOrder
+
+__all__ = ["BlockLayout", "BlockOrder"]

@@ -1,0 +1,46 @@
+"""Checks that layouts share. Every message names the argument, what was wanted and what came."""
+
+import torch
+
+
+def require(condition: bool, argument: str, wanted: str, came: object, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(f"{argument}: expected {wanted}, got {came}")
+
+
+def describe(value: object) -> str:
+    """What an argument is, for an error message: ``3-D float64 tensor [2, 3, 4]`` or ``list``."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dim()}-D {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
+
+
+def check_bool_matrix(argument: str, value: object) -> None:
+    ok = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 2
+    require(ok, argument, "2-D bool tensor", describe(value), ValueError if isinstance(value, torch.Tensor) else TypeError)
+
+
+def check_positive_int(argument: str, value: object, most: int | None = None) -> None:
+    wanted = "a positive int" if most is None else f"an int in 1..{most}"
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    require(is_int, argument, wanted, describe(value) if not is_int else value, TypeError)
+    require(value >= 1 and (most is None or value <= most), argument, wanted, value)
+
+
+def check_compressed(ptr: torch.Tensor, idx: torch.Tensor, rows: int, columns: int, names: tuple[str, str]) -> None:
+    """A well-formed compressed pattern: offsets from 0 to nnz, indices in range and strictly ascending in each row."""
+    for name, value, dtype in zip(names, (ptr, idx), (torch.int64, torch.int32), strict=True):
+        ok = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype == dtype
+        require(ok, name, f"1-D {str(dtype).removeprefix('torch.')} tensor", describe(value))
+    require(len(ptr) == rows + 1, names[0], f"{rows + 1} offsets", len(ptr))
+    ascending = bool((ptr[1:] >= ptr[:-1]).all()) and int(ptr[0]) == 0 and int(ptr[-1]) == len(idx)
+    require(ascending, names[0], f"offsets ascending from 0 to {len(idx)}", f"{int(ptr[0])}..{int(ptr[-1])}")
+    if len(idx) == 0:
+        return
+    low, high = int(idx.min()), int(idx.max())
+    require(0 <= low and high < columns, names[1], f"values in 0..{columns - 1}", f"{low}..{high}")
+    rises = idx[1:] > idx[:-1]
+    starts = ptr[1:-1]
+    starts = starts[(starts > 0) & (starts < len(idx))] - 1
+    rises[starts] = True
+    require(bool(rises.all()), names[1], "strictly ascending values in each row", "duplicate or unsorted values")

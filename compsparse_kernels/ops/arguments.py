@@ -1,0 +1,27 @@
+"""Checks and conversions of tensor arguments that the op rooms share."""
+
+import torch
+
+from compsparse_kernels.layouts.checks import describe, require
+
+KERNEL_DTYPES = (torch.float32, torch.float64)
+
+
+def check_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in KERNEL_DTYPES:
+        require(False, name, "float32 or float64", describe(tensor), TypeError)
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """The same dtype and device as another argument."""
+    if tensor.dtype != other.dtype:
+        require(False, name, f"{str(other.dtype).removeprefix('torch.')}, like {other_name}", describe(tensor), TypeError)
+    if tensor.device != other.device:
+        require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
+
+
+def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Half precision to float32, what kernels under autocast compute in; everything else as it is."""
+    if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor

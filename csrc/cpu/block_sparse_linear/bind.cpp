@@ -1,0 +1,137 @@
+// block_sparse_linear and sampled_block_matmul at key CPU: unpack, split over threads, call the chosen table.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "../kernels.h"
+#include "../partition.h"
+
+namespace compsparse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Activation activation_from(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  STD_TORCH_CHECK(name == "silu", "unknown activation reached the kernel: ", name);
+  return Activation::silu;
+}
+
+// Few block rows for the threads at hand: split the batch as well as the rows.
+template <typename T>
+void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
+  const int64_t entries = p.ptr[rows];
+  const int64_t work = p.batch * (entries * p.block_in * p.block_out + p.out_features);
+  const int64_t parts = parts_for(work);
+  const int64_t row_parts = rows >= 4 * parts ? parts : 1, batch_parts = parts / row_parts;
+  for_each_part(parts, [&](int64_t part) {
+    const Range mine = balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts);
+    const std::unique_ptr<T[]> scratch(new T[kernel.product_scratch(p, mine)]);
+    kernel.product(p, mine, equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
+  });
+}
+
+Tensor block_sparse_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& ptr,
+                           const Tensor& idx, const Tensor& slot, int64_t out_features, bool transposed,
+                           std::string activation) {
+  const Tensor input = torch::stable::contiguous(x), weights = torch::stable::contiguous(values);
+  std::optional<Tensor> offset;
+  if (bias) offset = torch::stable::contiguous(*bias);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
+    const BlockProduct<T> p = {
+        .x = static_cast<const T*>(input.data_ptr()),
+        .values = static_cast<const T*>(weights.data_ptr()),
+        .bias = offset ? static_cast<const T*>(offset->data_ptr()) : nullptr,
+        .y = static_cast<T*>(y.data_ptr()),
+        .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
+        .idx = static_cast<const int32_t*>(idx.data_ptr()),
+        .slot = static_cast<const int32_t*>(slot.data_ptr()),
+        .batch = x.size(0),
+        .in_features = x.size(1),
+        .out_features = out_features,
+        .block_out = values.size(transposed ? 2 : 1),
+        .block_in = values.size(transposed ? 1 : 2),
+        .transposed = transposed,
+        .activation = activation_from(activation),
+    };
+    run_product(kernel, p, ptr.size(0) - 1);
+  };
+  const BlockSparseTable& table = *kernels().block_sparse;
+  x.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  return y;
+}
+
+// A slot shared by several entries gets their sum, in the order of the entries.
+template <typename T>
+void reduce_entries(const T* entries, const int32_t* slot, int64_t num_entries, int64_t num_slots, int64_t size,
+                    T* values) {
+  std::fill(values, values + num_slots * size, T(0));
+  const int64_t parts = parts_for(num_entries * size);
+  for_each_part(parts, [&](int64_t part) {
+    const Range mine = equal_share(num_slots, part, parts);
+    for (int64_t e = 0; e < num_entries; ++e) {
+      if (slot[e] < mine.begin || slot[e] >= mine.end) continue;
+      for (int64_t i = 0; i < size; ++i) values[slot[e] * size + i] += entries[e * size + i];
+    }
+  });
+}
+
+template <typename T>
+void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
+  const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
+  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, parts = parts_for(work);
+  const std::unique_ptr<T[]> panels(new T[columns * s.batch * kernel.panel_width(s.block_in)]);
+  s.b_panels = panels.get();
+  for_each_part(parts, [&](int64_t part) {
+    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, equal_share(columns, part, parts), panels.get());
+  });
+  for_each_part(parts, [&](int64_t part) {
+    const std::unique_ptr<T[]> scratch(new T[kernel.sampled_scratch(s)]);
+    kernel.sampled(s, balanced_rows(s.ptr, rows, 1, part, parts), scratch.get());
+  });
+}
+
+Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx, const Tensor& slot,
+                            int64_t num_slots, bool shared, int64_t block_out, int64_t block_in) {
+  const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
+  Tensor values = torch::stable::new_empty(a, {num_slots, block_out, block_in});
+  const int64_t num_entries = idx.size(0);
+  Tensor entries = shared ? torch::stable::new_empty(a, {num_entries, block_out, block_in}) : values;
+  const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
+    const SampledBlocks<T> s = {
+        .a = static_cast<const T*>(left.data_ptr()),
+        .b_panels = nullptr,
+        .entries = static_cast<T*>(entries.data_ptr()),
+        .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
+        .idx = static_cast<const int32_t*>(idx.data_ptr()),
+        .batch = a.size(0),
+        .in_features = b.size(1),
+        .out_features = a.size(1),
+        .block_out = block_out,
+        .block_in = block_in,
+    };
+    run_sampled(kernel, s, static_cast<const T*>(right.data_ptr()), ptr.size(0) - 1);
+    if (shared)
+      reduce_entries(s.entries, static_cast<const int32_t*>(slot.data_ptr()), num_entries, num_slots,
+                     block_out * block_in, static_cast<T*>(values.data_ptr()));
+  };
+  const BlockSparseTable& table = *kernels().block_sparse;
+  a.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  return values;
+}
+
+}  // namespace
+}  // namespace compsparse
+
+STABLE_TORCH_LIBRARY_IMPL(compsparse, CPU, m) {
+  m.impl("block_sparse_linear", TORCH_BOX(&compsparse::block_sparse_linear));
+  m.impl("sampled_block_matmul", TORCH_BOX(&compsparse::sampled_block_matmul));
+}
