@@ -22,4 +22,19 @@ COMPSPARSE_INLINE Vec<T, L> activate(Vec<T, L> z, compsparse::Activation activat
   return z;
 }
 
+// One row of outputs: y = act(y + bias), bias perhaps null.
+template <typename T, int L>
+COMPSPARSE_INLINE void add_bias_and_activate(T* y, const T* bias, int64_t count, compsparse::Activation activation) {
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    Vec<T, L> z = load<T, L>(y + i);
+    if (bias) z += load<T, L>(bias + i);
+    store<T, L>(y + i, activate<T, L>(z, activation));
+  }
+  if (i == count) return;
+  Vec<T, L> z = {};
+  for (int64_t k = 0; k < count - i; ++k) z[k] = y[i + k] + (bias ? bias[i + k] : T(0));
+  store_partial<T, L>(y + i, activate<T, L>(z, activation), count - i);
+}
+
 }  // namespace
