@@ -1,28 +1,27 @@
-// Epilogues on vectors: relu, gelu (exact, by erf), silu.
+// Epilogues: y = act(y + bias), with relu, gelu (exact, by erf) or silu.
 #pragma once
 
 #include "kernels.h"
-#include "simd.h"
+#include "vector_math.h"
 
 namespace {
-
-COMPSPARSE_INLINE float erf_of(float x) { return __builtin_erff(x); }
-COMPSPARSE_INLINE double erf_of(double x) { return __builtin_erf(x); }
-COMPSPARSE_INLINE float exp_of(float x) { return __builtin_expf(x); }
-COMPSPARSE_INLINE double exp_of(double x) { return __builtin_exp(x); }
 
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<T, L> activate(Vec<T, L> z, compsparse::Activation activation) {
   using compsparse::Activation;
-  if (activation == Activation::none) return z;
-  if (activation == Activation::relu) return z < 0 ? Vec<T, L>{} : z;  // keeps NaN
-  for (int i = 0; i < L; ++i)
-    z[i] = activation == Activation::gelu ? z[i] * T(0.5) * (1 + erf_of(z[i] * T(0.70710678118654752440)))
-                                          : z[i] / (1 + exp_of(-z[i]));
-  return z;
+  switch (activation) {
+    case Activation::relu:
+      return z < 0 ? Vec<T, L>{} : z;  // keeps NaN
+    case Activation::gelu:
+      return z * T(0.5) * (1 + vector_erf<L>(z * T(0.70710678118654752440)));
+    case Activation::silu:
+      return z / (1 + vector_exp<L>(-z));
+    default:
+      return z;
+  }
 }
 
-// One row of outputs: y = act(y + bias), bias perhaps null.
+// One row of outputs; bias perhaps null.
 template <typename T, int L>
 COMPSPARSE_INLINE void add_bias_and_activate(T* y, const T* bias, int64_t count, compsparse::Activation activation) {
   int64_t i = 0;

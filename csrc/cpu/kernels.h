@@ -20,7 +20,8 @@ struct Range {
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
 // values are values[slot[p]], stored [block_out, block_in], or [block_in, block_out] where `transposed`.
-// Row n of block column c of x begins at x + c * x_column_step + n * x_row_step: as it came, or packed by `pack_panels`.
+// Row n of block column c of x begins at x + c * x_column_step + n * x_row_step: as it came, or packed by
+// `pack_panels`.
 template <typename T>
 struct BlockProduct {
   const T* x;
@@ -41,7 +42,8 @@ struct BlockProduct {
   Activation activation;
 };
 
-// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out, block_in].
+// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out,
+// block_in].
 template <typename T>
 struct SampledBlocks {
   const T* a;         // [batch, out_features]

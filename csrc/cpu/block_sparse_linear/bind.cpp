@@ -112,8 +112,7 @@ template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
-  const auto panels =
-      packed(kernel, b, s.batch, s.in_features, s.block_in, kernel.panel_width(s.block_in), parts);
+  const auto panels = packed(kernel, b, s.batch, s.in_features, s.block_in, kernel.panel_width(s.block_in), parts);
   s.b_panels = panels.get();
   for_each_part(parts, [&](int64_t part) {
     const std::unique_ptr<T[]> scratch(new T[kernel.sampled_scratch(s)]);

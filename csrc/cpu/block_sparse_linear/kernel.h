@@ -17,7 +17,8 @@ namespace {
 
 using namespace compsparse;
 
-// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by side.
+// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by
+// side.
 template <typename T, int MaxLanes_, int Accumulators_, int MaxVectors_>
 struct Target {
   static constexpr int MaxLanes = MaxLanes_;
@@ -81,7 +82,7 @@ void product_tile(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, 
       COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) store<T, L>(y + m * p.out_features + r * L, acc[m][r]);
     } else {
       COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
-        store_partial<T, L>(y + m * p.out_features + r * L, acc[m][r], lanes);
+          store_partial<T, L>(y + m * p.out_features + r * L, acc[m][r], lanes);
     }
   }
 }
