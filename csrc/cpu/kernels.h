@@ -20,13 +20,9 @@ struct Range {
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
 // values are values[slot[p]], stored [block_out, block_in], or [block_in, block_out] where `transposed`.
-// Row n of block column c of x begins at x + c * x_column_step + n * x_row_step: as it came, or packed by
-// `pack_panels`.
 template <typename T>
 struct BlockProduct {
-  const T* x;
-  int64_t x_column_step;
-  int64_t x_row_step;
+  const T* x;       // [batch, in_features]
   const T* values;  // [num_slots, block_out * block_in]
   const T* bias;    // [out_features] or null
   T* y;             // [batch, out_features]
@@ -60,13 +56,16 @@ struct SampledBlocks {
 
 template <typename T>
 struct BlockSparseKernels {
-  // Elements of scratch one call of `product` (`sampled`) over these block rows needs.
-  int64_t (*product_scratch)(const BlockProduct<T>&, Range rows);
-  void (*product)(const BlockProduct<T>&, Range rows, Range batch, T* scratch);
-  // Columns of blocks of x [batch, in_features], one after another: [block columns, batch, width], zero-padded.
-  void (*pack_panels)(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
+  // Weights as the product reads them: `packed_entry_size` elements an entry, or 0 where it reads them as stored.
+  int64_t (*packed_entry_size)(const BlockProduct<T>&);
+  void (*pack_weights)(const BlockProduct<T>&, Range entries, T* packed);
+  // One call computes y[batch, rows]; its scratch has `product_scratch` elements.
+  int64_t (*product_scratch)(const BlockProduct<T>&);
+  void (*product)(const BlockProduct<T>&, const T* packed, Range rows, Range batch, T* scratch);
+  // Columns of blocks of b, one after another: [block columns, batch, panel_width(block_in)], zero-padded.
+  int64_t (*panel_width)(int64_t block_in);
+  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range batch_rows,
                       T* panels);
-  int64_t (*panel_width)(int64_t block_in);  // what `sampled` wants: block_in rounded up to whole vectors
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
   void (*sampled)(const SampledBlocks<T>&, Range rows, T* scratch);
 };
