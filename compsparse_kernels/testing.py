@@ -1,21 +1,21 @@
 """What tests, benchmarks and ``python -m compsparse_kernels check`` share: inputs, the error budget, what can run here.
 
-**The error budget.** A kernel and dense torch round the same sums in different orders, so neither is *the* right answer;
-both are compared with a reference in float64. Ours may be wrong by at most
+**The error budget.** A kernel and dense torch round the same sums in different orders, so neither is *the* right
+answer; both are compared with a reference in float64. Ours may be wrong by at most
 
     2 * max|dense - exact|  +  eps * max(magnitude),
 
 in the same dtype, on the same input. Why these terms and no other tolerance:
 
-- Rounding a sum of K products errs by ``O(eps) * sum |x_k w_k|`` whatever the order (Higham, *Accuracy and Stability of
-  Numerical Algorithms*, 2002, section 3.1); the order sets only the constant. The largest error over a tensor is stable
-  from order to order, so the measured error of dense torch carries the constant for this input, and 2 is the room between
-  two orders.
+- Rounding a sum of K products errs by ``O(eps) * sum |x_k w_k|`` whatever the order (Higham, *Accuracy and Stability
+  of Numerical Algorithms*, 2002, section 3.1); the order sets only the constant. The largest error over a tensor is
+  stable from order to order, so the measured error of dense torch carries the constant for this input, and 2 is the
+  room between two orders.
 - Where few numbers are compared, dense torch may be exact by luck. One rounding of the ``magnitude``, the sum
-  ``sum |x_k w_k|`` of the terms in absolute value, is what no order can be asked to avoid. Where no magnitude is given,
-  the result itself stands for it.
-- In float64 the reference is rounded as well. There dense torch runs in float32 on the same numbers, its error is scaled
-  by the ratio of the two ``eps`` (the error is linear in it), and the reference's own error counts once more.
+  ``sum |x_k w_k|`` of the terms in absolute value, is what no order can be asked to avoid. Where no magnitude is
+  given, the result itself stands for it.
+- In float64 the reference is rounded as well. There dense torch runs in float32 on the same numbers, its error is
+  scaled by the ratio of the two ``eps`` (the error is linear in it), and the reference's own error counts once more.
 
 Nothing here is tuned to a machine, so the budget is the same in CI as at home.
 """

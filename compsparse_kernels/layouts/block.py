@@ -22,8 +22,8 @@ LARGEST_BLOCK = 128
 
 
 class BlockOrder(NamedTuple):
-    """Entries in one order: row r of blocks holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] of blocks and
-    has the values of slot[p]."""
+    """Entries in one order: row r of blocks holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] of blocks
+    and has the values of slot[p]."""
 
     ptr: torch.Tensor  # int64 [block rows + 1]
     idx: torch.Tensor  # int32 [entries]
@@ -35,10 +35,11 @@ class BlockLayout:
     """Pattern of a block-sparse weight ``[out_features, in_features]`` (BSR, both orders, rectangular blocks).
 
     The weight is cut into blocks of ``block_shape = (block_out, block_in)``; the last row and column of blocks may be
-    ragged. Entry ``p`` of the pattern has its values in ``values[slot[p]]``, so entries may share a slot (weight tying).
-    Values have shape ``[num_slots, block_out, block_in]``; without sharing there are as many slots as entries.
+    ragged. Entry ``p`` of the pattern has its values in ``values[slot[p]]``, so entries may share a slot (weight
+    tying). Values have shape ``[num_slots, block_out, block_in]``; without sharing there are as many slots as entries.
 
-    Usually built by :meth:`from_mask`, :meth:`from_dense`, :meth:`from_entries`, :meth:`from_bsr` or :meth:`from_scipy`.
+    Usually built by :meth:`from_mask`, :meth:`from_dense`, :meth:`from_entries`, :meth:`from_bsr` or
+    :meth:`from_scipy`.
 
     Args:
         out_features, in_features: shape of the weight.

@@ -46,7 +46,7 @@ def check_compressed(ptr: torch.Tensor, idx: torch.Tensor, rows: int, columns: i
     if len(idx) == 0:
         return
     low, high = int(idx.min()), int(idx.max())
-    require(0 <= low and high < columns, names[1], f"values in 0..{columns - 1}", f"{low}..{high}")
+    require(low >= 0 and high < columns, names[1], f"values in 0..{columns - 1}", f"{low}..{high}")
     rises = idx[1:] > idx[:-1]
     starts = ptr[1:-1]
     starts = starts[(starts > 0) & (starts < len(idx))] - 1
