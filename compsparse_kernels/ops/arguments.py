@@ -22,6 +22,14 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
 
 
+def autocast_is_on(tensor: object) -> bool:
+    """False also for what is no tensor, and on ``meta``, where torch raises an error if asked."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Half precision to float32, what kernels under autocast compute in; everything else as it is."""
     if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
