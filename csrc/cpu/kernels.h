@@ -20,9 +20,13 @@ struct Range {
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
 // values are values[slot[p]], stored [block_out, block_in], or [block_in, block_out] where `transposed`.
+// Row n of block column c of x begins at x + c * x_column_step + n * x_row_step: as it came, or packed by
+// `pack_panels`.
 template <typename T>
 struct BlockProduct {
-  const T* x;       // [batch, in_features]
+  const T* x;
+  int64_t x_column_step;
+  int64_t x_row_step;
   const T* values;  // [num_slots, block_out * block_in]
   const T* bias;    // [out_features] or null
   T* y;             // [batch, out_features]
@@ -38,11 +42,12 @@ struct BlockProduct {
   Activation activation;
 };
 
-// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out, block_in].
+// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out,
+// block_in].
 template <typename T>
 struct SampledBlocks {
   const T* a;         // [batch, out_features]
-  const T* b_panels;  // [block columns, batch, b_panel_width]: b packed by `pack_panels`, zero-padded
+  const T* b_panels;  // [block columns, batch, panel_width(block_in)], packed by `pack_panels`
   T* entries;         // [num_entries, block_out * block_in]
   const int64_t* ptr;
   const int32_t* idx;
@@ -58,9 +63,10 @@ struct BlockSparseKernels {
   // Elements of scratch one call of `product` (`sampled`) over these block rows needs.
   int64_t (*product_scratch)(const BlockProduct<T>&, Range rows);
   void (*product)(const BlockProduct<T>&, Range rows, Range batch, T* scratch);
-  // Width of one packed row of a panel: block_in rounded up to whole vectors.
-  int64_t (*panel_width)(int64_t block_in);
-  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, Range columns, T* panels);
+  // Columns of blocks of x [batch, in_features], one after another: [block columns, batch, width], zero-padded.
+  void (*pack_panels)(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
+                      T* panels);
+  int64_t (*panel_width)(int64_t block_in);  // what `sampled` wants: block_in rounded up to whole vectors
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
   void (*sampled)(const SampledBlocks<T>&, Range rows, T* scratch);
 };

@@ -17,7 +17,8 @@ namespace {
 
 using namespace compsparse;
 
-// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by side.
+// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by
+// side.
 template <typename T, int MaxLanes_, int Accumulators_, int MaxVectors_>
 struct Target {
   static constexpr int MaxLanes = MaxLanes_;
@@ -67,26 +68,21 @@ void product_tile(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, 
                   int64_t valid) {
   Vec<T, L> acc[M][R] = {};
   const int64_t first = p.ptr[row], count = p.ptr[row + 1] - first;
+  const T* x = p.x + n * p.x_row_step;
+  T* y = p.y + n * p.out_features + row * p.block_out + panel;
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) __builtin_prefetch(y + m * p.out_features, 1);
   for (int64_t e = 0; e < count; ++e) {
-    const int64_t column = p.idx[first + e] * p.block_in;
-    const int64_t depth = min64(p.block_in, p.in_features - column);
-    multiply_accumulate<T, L, R, M>(p.x + n * p.in_features + column, p.in_features, w.entry(e) + panel, w.w_stride,
-                                    depth, acc);
+    const int64_t depth = min64(p.block_in, p.in_features - p.idx[first + e] * p.block_in);
+    multiply_accumulate<T, L, R, M>(x + p.idx[first + e] * p.x_column_step, p.x_row_step, w.entry(e) + panel,
+                                    w.w_stride, depth, acc);
   }
-  const int64_t out = row * p.block_out + panel;
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
-    if (valid <= r * L) break;
     const int64_t lanes = min64(L, valid - r * L);
-    Vec<T, L> bias = {};
-    if (p.bias)
-      for (int64_t i = 0; i < lanes; ++i) bias[i] = p.bias[out + r * L + i];
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const Vec<T, L> z = activate<T, L>(acc[m][r] + bias, p.activation);
-      T* y = p.y + (n + m) * p.out_features + out + r * L;
-      if (lanes == L)
-        store<T, L>(y, z);
-      else
-        store_partial<T, L>(y, z, lanes);
+    if (lanes == L) {
+      COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) store<T, L>(y + m * p.out_features + r * L, acc[m][r]);
+    } else {
+      COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
+          store_partial<T, L>(y + m * p.out_features + r * L, acc[m][r], lanes);
     }
   }
 }
@@ -99,6 +95,16 @@ void product_rows(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, 
   if constexpr (M > 1) {
     if (n < end) product_rows<T, L, R, M / 2>(p, w, row, panel, n, end, valid);
   }
+}
+
+// Bias and activation of one block row, while it is still in cache.
+template <typename T, int L>
+__attribute__((noinline)) void epilogue(const BlockProduct<T>& p, int64_t row, Range batch) {
+  if (!p.bias && p.activation == Activation::none) return;
+  const int64_t first = row * p.block_out, outputs = min64(p.block_out, p.out_features - first);
+  for (int64_t n = batch.begin; n < batch.end; ++n)
+    add_bias_and_activate<T, L>(p.y + n * p.out_features + first, p.bias ? p.bias + first : nullptr, outputs,
+                                p.activation);
 }
 
 // Panels of MaxVectors vectors across the block row, then one narrower panel for what is left.
@@ -141,6 +147,7 @@ void product_with_lanes(const BlockProduct<T>& p, Range rows, Range batch, T* sc
         pack_entry(p, p.values + p.slot[first + e] * p.block_out * p.block_in, w_stride, scratch + e * entry_size);
     }
     product_panels<T, L, Target::MaxVectors, Target>(p, w, row, 0, batch);
+    epilogue<T, Target::MaxLanes>(p, row, batch);
   }
 }
 
@@ -180,17 +187,23 @@ int64_t panel_width(int64_t block_in) {
   return round_up(block_in, lanes_for<T, Target::MaxLanes, Target>(block_in));
 }
 
-template <typename T, class Target>
-void pack_panels(const T* b, int64_t batch, int64_t in_features, int64_t block_in, Range columns, T* panels) {
-  const int64_t width = panel_width<T, Target>(block_in);
-  for (int64_t c = columns.begin; c < columns.end; ++c) {
-    const int64_t valid = min64(block_in, in_features - c * block_in);
-    for (int64_t n = 0; n < batch; ++n) {
-      const T* from = b + n * in_features + c * block_in;
-      T* to = panels + (c * batch + n) * width;
-      int64_t i = 0;
-      for (; i < valid; ++i) to[i] = from[i];
-      for (; i < width; ++i) to[i] = 0;
+// Eight rows at a time: each is read as a stream, and each panel gets one run of cache lines.
+template <typename T, int L>
+void pack_panels(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
+                 T* panels) {
+  const int64_t columns = ceil_div(in_features, block_in);
+  for (int64_t begin = rows.begin; begin < rows.end; begin += 8) {
+    const int64_t end = min64(begin + 8, rows.end);
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t valid = min64(block_in, in_features - c * block_in);
+      for (int64_t n = begin; n < end; ++n) {
+        const T* from = x + n * in_features + c * block_in;
+        T* to = panels + (c * batch + n) * width;
+        int64_t i = 0;
+        for (; i + L <= valid; i += L) store<T, L>(to + i, load<T, L>(from + i));
+        for (; i < valid; ++i) to[i] = from[i];
+        for (; i < width; ++i) to[i] = 0;
+      }
     }
   }
 }
@@ -275,8 +288,8 @@ int64_t sampled_scratch(const SampledBlocks<T>& s) {
 
 template <typename T, class Target>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {product_scratch<T, Target>, product<T, Target>,   panel_width<T, Target>,
-          pack_panels<T, Target>,     sampled_scratch<T>, sampled<T, Target>};
+  return {product_scratch<T, Target>, product<T, Target>, pack_panels<T, Target::MinLanes>,
+          panel_width<T, Target>,     sampled_scratch<T>, sampled<T, Target>};
 }
 
 }  // namespace
