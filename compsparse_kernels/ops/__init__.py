@@ -2,7 +2,8 @@
 
 from compsparse_kernels.ops.backends import cpu_isa, explain
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
+from compsparse_kernels.ops.threshold_attention import threshold_attention
 
-OPS = ("block_sparse_linear", "sampled_block_matmul")
+OPS = ("block_sparse_linear", "sampled_block_matmul", "threshold_attention")
 
-__all__ = ["OPS", "block_sparse_linear", "cpu_isa", "explain", "sampled_block_matmul"]
+__all__ = ["OPS", "block_sparse_linear", "cpu_isa", "explain", "sampled_block_matmul", "threshold_attention"]
