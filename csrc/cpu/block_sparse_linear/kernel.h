@@ -81,8 +81,6 @@ void pack_panels(const T* x, int64_t batch, int64_t in_features, int64_t block_i
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------- product
-
 // One block row of W against one chunk of the batch, as the tiles read them.
 template <typename T>
 struct RowTask {
@@ -229,8 +227,6 @@ template <typename T, class Target>
 void product(const BlockProduct<T>& p, const T* packed, Range rows, Range batch, T* scratch) {
   product_with_lanes<T, Target::MaxLanes, Target>(p, packed, rows, batch, scratch);
 }
-
-// ---------------------------------------------------------------------------------------------------------- sampled
 
 template <typename T, class Target>
 int64_t panel_width(int64_t block_in) {
