@@ -209,22 +209,14 @@ struct AttentionTable {
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
-// dispatch
-
 // Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512.
 struct Kernels {
   const char* isa;
   const BlockSparseTable* block_sparse;
   const MaskedTable* masked;
-
   const AttentionTable* attention;
 };
 
 const Kernels& kernels();
-
-template <typename T>
-inline const T& by_dtype(const T* f32, const T* f64, bool is_double) {
-  return is_double ? *f64 : *f32;
-}
 
 }  // namespace compsparse

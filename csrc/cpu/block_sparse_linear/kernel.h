@@ -11,7 +11,7 @@
 
 #include "../activations.h"
 #include "../kernels.h"
-#include "../simd.h"
+#include "../shuffle.h"
 
 namespace {
 
@@ -101,8 +101,8 @@ void product_tile(const RowTask<T>& t, int64_t n, int64_t panel) {
   Vec<T, L> acc[M][R] = {};
   const T* x = t.x + n * t.x_row_step;
   T* y = t.y + n * t.y_stride + panel;
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(y + m * t.y_stride + r * L, 1);
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+      __builtin_prefetch(y + m * t.y_stride + r * L, 1);
   for (int64_t e = 0; e < t.entries; ++e) {
     const T* weights = t.weights + (t.slot ? t.slot[e] : e) * t.weights_size + panel;
     const int64_t depth = min64(t.block_in, t.in_features - t.idx[e] * t.block_in);
@@ -174,12 +174,30 @@ int64_t packed_entry_size(const BlockProduct<T>& p) {
   return p.transposed && stride == p.block_out ? 0 : p.block_in * stride;
 }
 
+// to[k, o] = from[o, k], in squares of L; both sides are multiples of L.
+template <typename T, int L>
+void transpose_block(const T* from, int64_t outputs, int64_t inputs, T* to) {
+  for (int64_t o = 0; o < outputs; o += L)
+    for (int64_t k = 0; k < inputs; k += L) {
+      Vec<T, L> square[L];
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) square[i] = load<T, L>(from + (o + i) * inputs + k);
+      transpose<T, L>(square);
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(to + (k + i) * outputs + o, square[i]);
+    }
+}
+
 template <typename T, class Target>
 void pack_weights(const BlockProduct<T>& p, Range entries, T* packed) {
+  constexpr int Square = Target::MaxLanes < 8 ? Target::MaxLanes : 8;
   const int64_t size = packed_entry_size<T, Target>(p), stride = size / p.block_in;
+  const bool squares = !p.transposed && stride == p.block_out && p.block_out % Square == 0 && p.block_in % Square == 0;
   for (int64_t e = entries.begin; e < entries.end; ++e) {
     const T* block = p.values + p.slot[e] * p.block_out * p.block_in;
     T* to = packed + e * size;
+    if (squares) {
+      transpose_block<T, Square>(block, p.block_out, p.block_in, to);
+      continue;
+    }
     for (int64_t k = 0; k < p.block_in; ++k, to += stride)
       for (int64_t o = 0; o < stride; ++o)
         to[o] = o >= p.block_out ? T(0) : p.transposed ? block[k * p.block_out + o] : block[o * p.block_in + k];
