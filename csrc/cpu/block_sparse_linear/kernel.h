@@ -99,25 +99,23 @@ struct RowTask {
 template <typename T, int L, int R, int M>
 void product_tile(const RowTask<T>& t, int64_t n, int64_t panel) {
   Vec<T, L> acc[M][R] = {};
-  const T* x = t.x + n * t.x_row_step;
-  T* y = t.y + n * t.y_stride + panel;
+  const int64_t x_step = t.x_row_step, y_step = t.y_stride, outputs = t.outputs - panel;
+  const T* x = t.x + n * x_step;
+  T* y = t.y + n * y_step + panel;
   COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
-      __builtin_prefetch(y + m * t.y_stride + r * L, 1);
+      __builtin_prefetch(y + m * y_step + r * L, 1);
   for (int64_t e = 0; e < t.entries; ++e) {
     const T* weights = t.weights + (t.slot ? t.slot[e] : e) * t.weights_size + panel;
     const int64_t depth = min64(t.block_in, t.in_features - t.idx[e] * t.block_in);
-    multiply_accumulate<T, L, R, M>(x + t.idx[e] * t.x_column_step, t.x_row_step, weights, t.weights_stride, depth,
-                                    acc);
+    multiply_accumulate<T, L, R, M>(x + t.idx[e] * t.x_column_step, x_step, weights, t.weights_stride, depth, acc);
   }
-  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
-    const int64_t lanes = min64(L, t.outputs - panel - r * L);
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      if (lanes == L)
-        store<T, L>(y + m * t.y_stride + r * L, acc[m][r]);
-      else
-        store_partial<T, L>(y + m * t.y_stride + r * L, acc[m][r], lanes);
-    }
+  if (outputs >= R * L) {
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+        store<T, L>(y + m * y_step + r * L, acc[m][r]);
+    return;
   }
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+      store_partial<T, L>(y + m * y_step + r * L, acc[m][r], outputs - r * L);
 }
 
 // From batch row n on: as many tiles of M rows as fit, then narrower ones.
