@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from compsparse_kernels.layouts import BlockLayout, BlockOrder
+from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.block import LARGEST_BLOCK
-from compsparse_kernels.layouts.checks import check_bool_matrix, check_positive_int, describe, require
-from compsparse_kernels.nn.sparse_linear import SparseLinear
+from compsparse_kernels.layouts.checks import check_bool_matrix, check_positive_int, require
+from compsparse_kernels.nn.sparse_linear import SparseLinear, block_layout_of, block_pattern
 from compsparse_kernels.ops import block_sparse_linear, sampled_block_matmul
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -15,14 +15,14 @@ ACTIVATIONS = (None, "relu", "gelu", "silu")
 class SparseDAGLinear(SparseLinear):
     r"""Linear layer on one level of a sparse graph: :math:`y = \mathrm{act}(x W^\top + b)`, W block-sparse.
 
-    A drop-in for ``nn.Linear`` where it is known which groups of inputs each group of outputs depends on. Only the blocks
-    are stored, computed and trained.
+    A drop-in for ``nn.Linear`` where it is known which groups of inputs each group of outputs depends on. Only the
+    blocks are stored, computed and trained.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
-        layout: a :class:`BlockLayout`, or a bool mask over equal blocks ``[r, c]``: the weight is cut into r by c blocks
-            of ``(out_features / r, in_features / c)`` each, whole and at most 128 a side. (A mask ``[out, in]`` means
-            1 x 1 blocks; :class:`MaskedLinear` serves such patterns faster.)
+        layout: a :class:`BlockLayout`, or a bool mask over equal blocks ``[r, c]``: the weight is cut into r by c
+            blocks of ``(out_features / r, in_features / c)`` each, whole and at most 128 a side. (A mask ``[out, in]``
+            means 1 x 1 blocks; :class:`MaskedLinear` serves such patterns faster.)
         bias: with a bias, or without.
         activation: None, ``"relu"``, ``"gelu"`` or ``"silu"``, computed with the product.
         device, dtype: of the parameters; computing needs float32 or float64, or autocast.
@@ -92,12 +92,10 @@ class SparseDAGLinear(SparseLinear):
         return sampled_block_matmul(a, b, self.layout)
 
     def _pattern(self):
-        return dict(zip(self.PATTERN, self.layout.by_output, strict=True))
+        return block_pattern(self.layout)
 
     def _layout_of(self, pattern, values):
-        require(values is not None and values.dim() == 3, "values", "3-D tensor", describe(values))
-        order = BlockOrder(*(pattern[name] for name in self.PATTERN))
-        return BlockLayout(self.out_features, self.in_features, tuple(values.shape[1:]), order)
+        return block_layout_of(pattern, values, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         shared = f", slots={self.layout.num_slots}" if self.layout.shared else ""

@@ -3,16 +3,17 @@
 import torch
 from torch import nn
 
+from compsparse_kernels.layouts import BlockLayout, BlockOrder
 from compsparse_kernels.layouts.checks import describe, require
 
 
 class SparseLinear(nn.Module):
     """Base of the layers whose weight is ``values`` over a ``layout``.
 
-    A subclass gives the product and the sampled product of its layout, and names the index tensors that store it.
+    A subclass gives the product and the sampled product of its layout, and the index tensors that store it.
     """
 
-    PATTERN: tuple[str, ...]  # names of the index tensors in a state dict
+    PATTERN: tuple[str, ...]  # names that index tensors may have in a state dict
 
     def __init__(self, in_features, out_features, layout, bias, device, dtype):
         super().__init__()
@@ -37,7 +38,7 @@ class SparseLinear(nn.Module):
         raise NotImplementedError
 
     def _pattern(self):
-        """The index tensors of ``PATTERN``, by name."""
+        """The index tensors of the layout, by name."""
         raise NotImplementedError
 
     def _layout_of(self, pattern, values):
@@ -64,7 +65,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight ``[out_features, in_features]``, made anew at each access: writing into it changes nothing."""
+        """The dense weight ``[out_features, in_features]``, made anew at each access (writing into it is lost)."""
         return self.layout.unpack(self.values)
 
     # ---- to and from nn.Linear
@@ -116,13 +117,14 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        pattern = {name: own.pop(name) for name in self.PATTERN if name in own}
         try:
             if "weight" in own and "values" not in own:
                 own["values"] = self.layout.pack(own.pop("weight").to(self.layout.device))
-            elif set(self.PATTERN) <= own.keys():
-                self._adopt({name: own.pop(name) for name in self.PATTERN}, own.get("values"))
+            elif pattern:
+                self._adopt(pattern, own.get("values"))
             elif strict:
-                missing += [prefix + name for name in self.PATTERN if name not in own]
+                missing += [prefix + name for name in self._pattern()]
         except (TypeError, ValueError) as error:
             errors.append(f"While loading {prefix.removesuffix('.') or type(self).__name__}: {error}")
             return
@@ -132,9 +134,15 @@ class SparseLinear(nn.Module):
 
     def _adopt(self, pattern, values):
         """Take over a checkpoint's pattern; ``values`` gets its shape and stays the same Parameter."""
+        mine = self._pattern()
+        same = mine.keys() == pattern.keys() and all(torch.equal(pattern[name].to(mine[name]), mine[name]) for name in mine)
+        if same and (values is None or values.shape == self.values.shape):
+            return
+        ok = isinstance(values, torch.Tensor)
+        require(ok, "values", "a tensor, since the pattern is another one", describe(values))
         layout = self._layout_of({name: tensor.cpu() for name, tensor in pattern.items()}, values)
-        ok = isinstance(values, torch.Tensor) and values.shape == layout.values_shape
-        require(ok, "values", f"tensor {list(layout.values_shape)}, as the pattern says", describe(values))
+        wanted = f"tensor {list(layout.values_shape)}, as the pattern says"
+        require(values.shape == layout.values_shape, "values", wanted, describe(values))
         if layout.values_shape != self.layout.values_shape:
             self.values.grad = None
             self.values.data = self.values.new_empty(layout.values_shape)
@@ -146,3 +154,15 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" density={self.layout.density:.3f}"
         )
+
+
+def block_pattern(layout):
+    """The index tensors that a state dict holds of a :class:`BlockLayout`; the values' shape tells the block's."""
+    return dict(zip(("row_ptr", "col_idx", "slot"), layout.by_output, strict=True))
+
+
+def block_layout_of(pattern, values, out_features, in_features):
+    """The inverse of :func:`block_pattern`."""
+    require(values.dim() == 3, "values", "3-D tensor", describe(values))
+    order = BlockOrder(*(pattern.get(name) for name in ("row_ptr", "col_idx", "slot")))
+    return BlockLayout(out_features, in_features, tuple(values.shape[1:]), order)

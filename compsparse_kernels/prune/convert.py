@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import check_bool_matrix, describe, require
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.layers import prunable_layers
