@@ -250,7 +250,7 @@ class MaskLayout:
             rows, columns = self.coordinates()
             return weight[rows, columns.long()]
         values = self.blocks.pack(weight) if self.kind == "block" else weight
-        return values.clone() if self.mask is None else torch.where(self.mask, values, 0)
+        return values.clone() if self.mask is None else values.masked_fill(~self.mask, 0)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values of shape ``values_shape`` -> dense ``[out, in]``, zero where the mask drops."""
@@ -262,7 +262,7 @@ class MaskLayout:
             rows, columns = self.coordinates()
             dense = values.new_zeros(self.out_features, self.in_features)
             return dense.index_put((rows, columns.long()), values)
-        kept = values if self.mask is None else torch.where(self.mask, values, 0)
+        kept = values if self.mask is None else values.masked_fill(~self.mask, 0)
         return self.blocks.unpack(kept) if self.kind == "block" else kept
 
     def to_csr(self, values: torch.Tensor) -> torch.Tensor:
