@@ -208,7 +208,7 @@ def test_own_state_dict_with_another_pattern_is_adopted(make):
     values = other.values
     other(torch.randn(2, IN)).sum().backward()
     assert other.load_state_dict(layer.state_dict()) == ([], [])
-    assert other.values is values and (values.grad is None or values.grad.shape == values.shape)
+    assert other.values is values and values.grad is None
     x = torch.randn(3, IN)
     assert torch.equal(other(x), layer(x)) and torch.equal(other.layout.to_mask(), layer.layout.to_mask())
     other(x).sum().backward()
