@@ -22,12 +22,10 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
 
 
-def autocast_is_on(tensor: object) -> bool:
-    """False also for what is no tensor, and on ``meta``, where torch raises an error if asked."""
-    if not isinstance(tensor, torch.Tensor):
-        return False
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+def autocasts(tensor: object) -> bool:
+    """Is autocast on where this tensor lies? (The meta device has none, and says so with an error.)"""
+    is_real = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
+    return is_real and torch.is_autocast_enabled(tensor.device.type)
 
 
 def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:

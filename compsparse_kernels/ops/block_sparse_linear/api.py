@@ -4,7 +4,7 @@ import torch
 
 from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocast_is_on, check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -53,7 +53,7 @@ def block_sparse_linear(
         >>> y.shape, torch.autograd.grad(y.sum(), values)[0].shape
         (torch.Size([5, 64]), torch.Size([4, 16, 8]))
     """
-    if autocast_is_on(x):
+    if autocasts(x):
         return _under_autocast(x, values, layout, bias, activation, backend)
     _check(x, values, layout, bias, activation)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
