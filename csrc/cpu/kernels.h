@@ -16,17 +16,13 @@ struct Range {
   int64_t end;
 };
 
-// ---------------------------------------------------------------------------------------------- block_sparse_linear
+// block_sparse_linear
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
 // values are values[slot[p]], stored [block_out, block_in], or [block_in, block_out] where `transposed`.
-// Row n of block column c of x begins at x + c * x_column_step + n * x_row_step: as it came, or packed by
-// `pack_panels`.
 template <typename T>
 struct BlockProduct {
-  const T* x;
-  int64_t x_column_step;
-  int64_t x_row_step;
+  const T* x;       // [batch, in_features]
   const T* values;  // [num_slots, block_out * block_in]
   const T* bias;    // [out_features] or null
   T* y;             // [batch, out_features]
@@ -60,13 +56,16 @@ struct SampledBlocks {
 
 template <typename T>
 struct BlockSparseKernels {
-  // Elements of scratch one call of `product` (`sampled`) over these block rows needs.
-  int64_t (*product_scratch)(const BlockProduct<T>&, Range rows);
-  void (*product)(const BlockProduct<T>&, Range rows, Range batch, T* scratch);
-  // Columns of blocks of x [batch, in_features], one after another: [block columns, batch, width], zero-padded.
-  void (*pack_panels)(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
+  // Weights as the product reads them: `packed_entry_size` elements an entry, or 0 where it reads them as stored.
+  int64_t (*packed_entry_size)(const BlockProduct<T>&);
+  void (*pack_weights)(const BlockProduct<T>&, Range entries, T* packed);
+  // One call computes y[batch, rows]; its scratch has `product_scratch` elements.
+  int64_t (*product_scratch)(const BlockProduct<T>&);
+  void (*product)(const BlockProduct<T>&, const T* packed, Range rows, Range batch, T* scratch);
+  // Columns of blocks of b, one after another: [block columns, batch, panel_width(block_in)], zero-padded.
+  int64_t (*panel_width)(int64_t block_in);
+  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range batch_rows,
                       T* panels);
-  int64_t (*panel_width)(int64_t block_in);  // what `sampled` wants: block_in rounded up to whole vectors
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
   void (*sampled)(const SampledBlocks<T>&, Range rows, T* scratch);
 };
@@ -78,19 +77,146 @@ struct BlockSparseTable {
 
 extern const BlockSparseTable block_sparse_scalar, block_sparse_avx2, block_sparse_avx512;
 
-// ------------------------------------------------------------------------------------------------------- dispatch
+// masked_linear
+
+// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that
+// the batch is the vector axis. A panel of width 1 is the batch row itself, and is not packed.
+
+// y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
+template <typename T>
+struct MaskedProduct {
+  const T* values;  // [nnz], in the order of the entries
+  const T* bias;    // [out_features] or null
+  T* y;             // [batch, out_features]
+  const int64_t* ptr;
+  const int32_t* idx;
+  int64_t batch;
+  int64_t in_features;
+  int64_t out_features;
+};
+
+// values[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
+template <typename T>
+struct SampledValues {
+  T* values;  // [nnz]
+  const int64_t* ptr;
+  const int32_t* idx;
+  int64_t batch;
+  int64_t in_features;
+  int64_t out_features;
+};
+
+template <typename T>
+struct MaskedKernels {
+  int64_t panel_rows;  // batch rows of a full panel
+  int64_t (*panel_width)(int64_t rows);
+  // The given features of `rows` batch rows of x, which are `stride` apart.
+  void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, T* panel);
+  // Outputs `rows` of the batch rows that the panel holds.
+  void (*product)(const MaskedProduct<T>&, const T* panel, Range batch, Range rows);
+  // One panel's share of the sums: stored, or added to what is there.
+  void (*sampled)(const SampledValues<T>&, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add,
+                  Range rows);
+};
+
+struct MaskedTable {
+  MaskedKernels<float> f32;
+  MaskedKernels<double> f64;
+};
+
+extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;
+
+// threshold_attention
+
+// A tensor [batch, heads, tokens, width] read through its strides; only the last dimension is contiguous.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t stride;  // of tokens
+  T* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
+};
+
+struct AttentionSizes {
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;  // query head h reads key-value head h / (heads / kv_heads)
+  int64_t queries;
+  int64_t keys;
+  int64_t width;  // of a query and of a key
+  int64_t value_width;
+};
+
+// s_ij = scale q_i . k_j + bias_ij. Query i keeps key j where s_ij >= cut (absolute) or s_ij >= max_j s_ij + cut.
+template <typename T>
+struct Attention {
+  AttentionSizes size;
+  Heads<const T> query, key, value;
+  Heads<T> out;
+  const T* bias;        // float bias or null, strides in bias_strides (0 where it is broadcast)
+  const uint8_t* mask;  // bool bias (true = may attend) or null, same strides
+  int64_t bias_strides[4];
+  const uint8_t* padding;  // [batch, keys], true = no query sees this key; or null
+  const T* packed_keys;    // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`
+  const double* norms;     // [batch, kv_heads, panels]: the largest norm of a key in the panel
+  double scale;
+  double cut;
+  bool absolute;
+  bool causal;
+};
+
+// What one thread needs for a block of queries; kept keys of row r: columns[r * row_capacity ...], counts[r] of them.
+template <typename T>
+struct AttentionScratch {
+  T* queries;        // [block_queries, width], scaled
+  T* scores;         // [block_queries, score_stride]
+  int64_t* counts;   // [block_queries]
+  int32_t* columns;  // [block_queries, row_capacity]
+  T* weights;        // [block_queries, row_capacity]
+  int64_t row_capacity;
+};
+
+// The support of every query and the gradients that flow through it; row = (b * heads + h) * queries + i.
+template <typename T>
+struct AttentionGradient {
+  AttentionSizes size;
+  Heads<const T> query, key, value, grad;
+  const int64_t* row_ptr;  // [rows + 1]
+  const int32_t* col_idx;  // [nnz], ascending in each row
+  const T* weights;        // [nnz]
+  T* score_grad;           // [nnz]
+  Heads<T> query_grad, key_grad, value_grad;
+  double scale;
+};
+
+template <typename T>
+struct AttentionKernels {
+  int64_t panel_keys;     // keys side by side in a packed panel
+  int64_t block_queries;  // most queries of one call of `forward`
+  int64_t score_stride;
+  int64_t slack;  // elements that `forward` may write past a row's last candidate
+  void (*pack_keys)(const Attention<T>&, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms);
+  void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
+  void (*backward_rows)(const AttentionGradient<T>&, Range rows);                              // score_grad, query_grad
+  void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys);  // key_grad, value_grad
+};
+
+struct AttentionTable {
+  AttentionKernels<float> f32;
+  AttentionKernels<double> f64;
+};
+
+extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
 // Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512.
 struct Kernels {
   const char* isa;
   const BlockSparseTable* block_sparse;
+  const MaskedTable* masked;
+  const AttentionTable* attention;
 };
 
 const Kernels& kernels();
-
-template <typename T>
-inline const T& by_dtype(const T* f32, const T* f64, bool is_double) {
-  return is_double ? *f64 : *f32;
-}
 
 }  // namespace compsparse

@@ -24,39 +24,21 @@ Activation activation_from(const std::string& name) {
   return Activation::silu;
 }
 
+// The batch is split first: its parts share nothing but the packed weights. Rows are split where the batch is short.
 template <typename T>
-std::unique_ptr<T[]> packed(const BlockSparseKernels<T>& kernel, const T* x, int64_t batch, int64_t in_features,
-                            int64_t block_in, int64_t width, int64_t parts) {
-  const int64_t columns = (in_features + block_in - 1) / block_in;
-  std::unique_ptr<T[]> panels(new T[columns * batch * width]);
-  for_each_part(parts, [&](int64_t part) {
-    kernel.pack_panels(x, batch, in_features, block_in, width, equal_share(batch, part, parts), panels.get());
-  });
-  return panels;
-}
-
-// A tile reads several rows of x at a time. As they come they are in_features apart, often a multiple of the 4 KB that
-// makes them compete for one set of the first-level cache; copied into panels they lie side by side.
-constexpr int64_t least_batch_to_pack = 8;
-
-template <typename T>
-void run_product(const BlockSparseKernels<T>& kernel, BlockProduct<T> p, int64_t rows) {
+void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
+  constexpr int64_t least_batch = 48;
   const int64_t entries = p.ptr[rows];
-  const int64_t work = p.batch * (entries * p.block_in * p.block_out + p.out_features);
-  const int64_t parts = parts_for(work);
-  std::unique_ptr<T[]> panels;
-  if (p.batch >= least_batch_to_pack && p.in_features > p.block_in) {
-    panels = packed(kernel, p.x, p.batch, p.in_features, p.block_in, p.block_in, parts);
-    p.x = panels.get();
-    p.x_column_step = p.batch * p.block_in;
-    p.x_row_step = p.block_in;
-  }
-  // Few block rows for the threads at hand: split the batch instead.
-  const int64_t row_parts = rows >= 4 * parts ? parts : 1, batch_parts = parts / row_parts;
-  for_each_part(parts, [&](int64_t part) {
-    const Range mine = balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts);
-    const std::unique_ptr<T[]> scratch(new T[kernel.product_scratch(p, mine)]);
-    kernel.product(p, mine, equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
+  const int64_t parts = parts_for(p.batch * (entries * p.block_in * p.block_out + p.out_features));
+  const std::unique_ptr<T[]> packed(new T[entries * kernel.packed_entry_size(p)]);
+  if (kernel.packed_entry_size(p))
+    for_each_part(parts,
+                  [&](int64_t part) { kernel.pack_weights(p, equal_share(entries, part, parts), packed.get()); });
+  const int64_t batch_parts = std::clamp<int64_t>(p.batch / least_batch, 1, parts), row_parts = parts / batch_parts;
+  for_each_part(batch_parts * row_parts, [&](int64_t part) {
+    const std::unique_ptr<T[]> scratch(new T[kernel.product_scratch(p)]);
+    kernel.product(p, packed.get(), balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts),
+                   equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
   });
 }
 
@@ -70,8 +52,6 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& values, const std::opt
   const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
     const BlockProduct<T> p = {
         .x = static_cast<const T*>(input.data_ptr()),
-        .x_column_step = values.size(transposed ? 1 : 2),
-        .x_row_step = x.size(1),
         .values = static_cast<const T*>(weights.data_ptr()),
         .bias = offset ? static_cast<const T*>(offset->data_ptr()) : nullptr,
         .y = static_cast<T*>(y.data_ptr()),
@@ -112,8 +92,12 @@ template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
-  const auto panels = packed(kernel, b, s.batch, s.in_features, s.block_in, kernel.panel_width(s.block_in), parts);
+  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, width = kernel.panel_width(s.block_in);
+  const std::unique_ptr<T[]> panels(new T[columns * s.batch * width]);
   s.b_panels = panels.get();
+  for_each_part(parts, [&](int64_t part) {
+    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
+  });
   for_each_part(parts, [&](int64_t part) {
     const std::unique_ptr<T[]> scratch(new T[kernel.sampled_scratch(s)]);
     kernel.sampled(s, balanced_rows(s.ptr, rows, 1, part, parts), scratch.get());
