@@ -75,6 +75,13 @@ def test_each_input_alone_can_want_a_gradient():
         )
 
 
+def test_gradients_without_a_bias():
+    x, values, _ = make_inputs(LAYOUT, requires_grad=True)
+    y, expected = block_sparse_linear(x, values, LAYOUT), F.linear(x, LAYOUT.unpack(values))
+    ours, theirs = (torch.autograd.grad(out.square().sum(), (x, values)) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_no_graph_where_no_gradient_is_wanted():
     x, values, bias = make_inputs(LAYOUT)
     assert block_sparse_linear(x, values, LAYOUT, bias).grad_fn is None
