@@ -78,9 +78,10 @@ def check(tensors, bias=None, **options):
     exact = (exact_out, *exact_grads)
     budgets = dense_errors(tensors, mask, bias, options)
     roundoff = torch.finfo(tensors[0].dtype).eps
+    factor = 2 if tensors[0].dtype == torch.float32 else 3  # in float64 the truth has an error of its own
     for name, ours, truth, budget in zip(("out", "dq", "dk", "dv", "db"), (out, *grads), exact, budgets, strict=False):
         error, size = (ours.double() - truth).abs().max().item(), truth.abs().max().item()
-        assert error <= 2 * budget + roundoff * max(size, 1e-30), (name, error, budget, size)
+        assert error <= factor * budget + roundoff * max(size, 1e-30), (name, error, budget, size)
     weights = exact_support.to_dense()
     torch.testing.assert_close(support.to_dense().double(), weights, rtol=2e4 * roundoff, atol=2e3 * roundoff)
     return support
@@ -122,13 +123,20 @@ def test_grouped_queries(heads, kv_heads):
     check(make(2, heads, 33, 40, 16, kv_heads=kv_heads), threshold=0.1, enable_gqa=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 33, 40), (1, 4, 33, 40), (4, 1, 40), (33, 1), (40,), (2, 1, 1, 40), (1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 4, 33, 40), (1, 4, 33, 40), (4, 1, 40), (33, 1), (40,), (2, 1, 1, 40), (1, 4, 1, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_bias(shape, dtype):
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     tensors = make(2, 4, 33, 40, 16, dtype=dtype)
     check(tensors, bias, threshold=0.1)
     check(tensors, bias, threshold=0.5, rule="absolute", is_causal=True)
+
+
+def test_one_bias_for_all():
+    """Its gradient is zero in exact arithmetic, and the sum of many numbers that are not."""
+    bias = torch.zeros(1, requires_grad=True)
+    out = threshold_attention(*make(2, 4, 33, 40, 16), threshold=0.1, attn_bias=bias)
+    assert torch.autograd.grad(out.square().sum(), bias)[0].abs() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 33, 40), (33, 40), (2, 1, 1, 40)])
@@ -192,7 +200,7 @@ def test_everything_kept_is_plain_attention(dtype):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_shape(batch, group, kv_heads, queries, keys, width, value_width, causal, choice, dtype, seed):
     tensors = make(batch, group * kv_heads, queries, keys, width, value_width, kv_heads, dtype, seed)
     options = {"rule": choice[0], "threshold": choice[1], "is_causal": causal, "enable_gqa": True}
@@ -630,7 +638,7 @@ PTR, IDX, W = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]).int(), torch.ones
         ((PTR.int(), IDX, W, (1, 1, 2, 4)), ValueError, "row_ptr: expected 1-D int64 tensor"),
         ((PTR, IDX, W, (1, 1, 3, 4)), ValueError, "row_ptr: expected 4 offsets, got 3"),
         ((PTR, IDX, W, (1, 1, 2, 2)), ValueError, "col_idx: expected values in 0..1"),
-        ((PTR, IDX.flip(0), W, (1, 1, 2, 4)), ValueError, "col_idx: expected strictly ascending values"),
+        ((PTR, torch.tensor([2, 0, 1]).int(), W, (1, 1, 2, 4)), ValueError, "col_idx: expected strictly ascending values"),
         ((PTR, IDX, W[:2], (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
         ((PTR, IDX, W.int(), (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
         ((PTR, IDX, W.to("meta"), (1, 1, 2, 4)), ValueError, "weights: expected a tensor on cpu, like row_ptr"),
