@@ -1,4 +1,4 @@
-// block_sparse_linear's tables: product, pack_panels, sampled, against plain loops.
+// block_sparse_linear's tables: pack_weights, product, pack_panels, sampled, against plain loops.
 #include "harness.h"
 
 namespace {
@@ -40,7 +40,7 @@ Buffer<int32_t> slots_of(int64_t entries, int64_t slots) {
 }
 
 template <typename T>
-std::vector<double> exact_product(const BlockProduct<T>& p, const T* x) {
+std::vector<double> exact_product(const BlockProduct<T>& p) {
   std::vector<double> y(p.batch * p.out_features);
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t o = 0; o < p.out_features; ++o) {
@@ -50,7 +50,7 @@ std::vector<double> exact_product(const BlockProduct<T>& p, const T* x) {
         const T* block = p.values + p.slot[e] * p.block_out * p.block_in;
         for (int64_t k = 0; k < p.block_in && p.idx[e] * p.block_in + k < p.in_features; ++k)
           sum += double(block[p.transposed ? k * p.block_out + i : i * p.block_in + k]) *
-                 x[n * p.in_features + p.idx[e] * p.block_in + k];
+                 p.x[n * p.in_features + p.idx[e] * p.block_in + k];
       }
       y[n * p.out_features + o] = activated(sum, p.activation);
     }
@@ -60,16 +60,21 @@ std::vector<double> exact_product(const BlockProduct<T>& p, const T* x) {
 // Two parts of rows by two parts of the batch, each with scratch of its own, as threads do it.
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
+  const int64_t entries = p.ptr[rows];
+  const auto packed = Buffer<T>::unwritten(entries * kernel.packed_entry_size(p));
+  for (int64_t part = 0; part < 2 && packed.size(); ++part)
+    kernel.pack_weights(p, {entries * part / 2, entries * (part + 1) / 2}, packed.data());
   for (int64_t part = 0; part < 4; ++part) {
     const Range mine = {rows * (part % 2) / 2, rows * (part % 2 + 1) / 2};
     const Range batch = {p.batch * (part / 2) / 2, p.batch * (part / 2 + 1) / 2};
-    const auto scratch = Buffer<T>::unwritten(kernel.product_scratch(p, mine));
-    kernel.product(p, mine, batch, scratch.data());
+    const auto scratch = Buffer<T>::unwritten(kernel.product_scratch(p));
+    kernel.product(p, packed.data(), mine, batch, scratch.data());
   }
 }
 
 template <typename T>
-Buffer<T> packed(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s, int64_t width) {
+Buffer<T> panels_of(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s) {
+  const int64_t width = kernel.panel_width(s.block_in);
   auto panels = Buffer<T>::unwritten(s.columns() * s.batch * width);
   for (int64_t part = 0; part < 2; ++part)
     kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, width,
@@ -85,15 +90,12 @@ void check_product(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   const auto x = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto values = Buffer<T>::random(slots * s.block_out * s.block_in, generator);
   const auto bias = Buffer<T>::random(s.out_features, generator);
-  const auto panels = packed(kernel, x, s, s.block_in);
-  for (int option = 0; option < 16; ++option) {
-    const bool transposed = option & 1, as_panels = option & 2;
-    const auto activation = Activation(option / 4);
+  for (int option = 0; option < 8; ++option) {
+    const bool transposed = option & 1;
+    const auto activation = Activation(option / 2);
     const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
     const BlockProduct<T> p = {
-        .x = as_panels ? panels.data() : x.data(),
-        .x_column_step = as_panels ? s.batch * s.block_in : s.block_in,
-        .x_row_step = as_panels ? s.block_in : s.in_features,
+        .x = x.data(),
         .values = values.data(),
         .bias = activation == Activation::none ? nullptr : bias.data(),
         .y = y.data(),
@@ -109,7 +111,7 @@ void check_product(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
         .activation = activation,
     };
     run_product(kernel, p, s.rows());
-    sanitize::expect_equal(y.data(), exact_product(p, x.data()).data(), y.size(),
+    sanitize::expect_equal(y.data(), exact_product(p).data(), y.size(),
                            "product " + s.name() + " option " + std::to_string(option));
   }
 }
@@ -120,7 +122,7 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   const int64_t size = s.block_out * s.block_in;
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
-  const auto panels = packed(kernel, b, s, kernel.panel_width(s.block_in));
+  const auto panels = panels_of(kernel, b, s);
   const auto entries = Buffer<T>::unwritten(pattern.entries() * size);
   const SampledBlocks<T> sampled = {
       .a = a.data(),

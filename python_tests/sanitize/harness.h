@@ -1,8 +1,8 @@
 // What the sanitizer runs of all ops share: exactly sized buffers, random patterns, comparison, registration.
 //
-// A room's file registers its runs with RUN_UNDER_SANITIZERS; main.cpp runs what is registered. Buffers are allocated at
-// exactly the size the boundary promises, so AddressSanitizer sees any access past an end; outputs and scratch start as
-// NaN, so what a kernel does not write, or reads before writing, does not compare equal.
+// A room's file registers its runs with RUN_UNDER_SANITIZERS; main.cpp runs what is registered. Buffers are allocated
+// at exactly the size the boundary promises, so AddressSanitizer sees any access past an end; outputs and scratch start
+// as NaN, so what a kernel does not write, or reads before writing, does not compare equal.
 #pragma once
 
 #include <math.h>

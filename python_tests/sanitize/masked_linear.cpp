@@ -1,0 +1,132 @@
+// masked_linear's tables: pack, product, sampled, against plain loops.
+#include "harness.h"
+
+namespace {
+
+using namespace compsparse;
+using sanitize::Buffer;
+using sanitize::Pattern;
+
+struct Shape {
+  int64_t out_features, in_features, batch;
+  double density;
+  std::string name() const {
+    return std::to_string(out_features) + "x" + std::to_string(in_features) + " batch " + std::to_string(batch);
+  }
+};
+
+const Shape shapes[] = {
+    {1, 1, 1, 1.0},    {7, 5, 2, 0.5},     {13, 11, 3, 0.7},   {24, 40, 8, 0.3}, {21, 37, 17, 0.2}, {64, 48, 33, 0.1},
+    {50, 61, 64, 0.3}, {33, 70, 100, 0.5}, {20, 30, 131, 0.4}, {40, 40, 0, 0.5}, {40, 40, 5, 0.0},  {9, 200, 65, 0.9},
+};
+
+// A matrix [batch, features] in panels, each in a buffer of exactly its size.
+template <typename T>
+struct Panels {
+  Panels(const MaskedKernels<T>& kernel, const Buffer<T>& x, int64_t batch, int64_t features)
+      : x(x), features(features) {
+    for (int64_t first = 0; first < batch; first += kernel.panel_rows) {
+      const int64_t end = first + kernel.panel_rows < batch ? first + kernel.panel_rows : batch;
+      const int64_t width = kernel.panel_width(end - first);
+      rows.push_back({first, end});
+      packed.push_back(Buffer<T>::unwritten(width == 1 ? 0 : width * features));
+      if (width == 1) continue;
+      for (int64_t part = 0; part < 2; ++part)
+        kernel.pack(x.data() + first * features, features, end - first,
+                    {features * part / 2, features * (part + 1) / 2}, packed.back().data());
+    }
+  }
+  const T* data(size_t panel) const {
+    return packed[panel].size() ? packed[panel].data() : x.data() + rows[panel].begin * features;
+  }
+
+  const Buffer<T>& x;
+  int64_t features;
+  std::vector<Range> rows;
+  std::vector<Buffer<T>> packed;
+};
+
+Range half(int64_t total, int64_t part) { return {total * part / 2, total * (part + 1) / 2}; }
+
+template <typename T>
+void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, bool with_bias,
+                   std::mt19937& generator) {
+  const auto x = Buffer<T>::random(s.batch * s.in_features, generator);
+  const auto values = Buffer<T>::random(pattern.entries(), generator);
+  const auto bias = Buffer<T>::random(s.out_features, generator);
+  const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
+  const MaskedProduct<T> p = {
+      .values = values.data(),
+      .bias = with_bias ? bias.data() : nullptr,
+      .y = y.data(),
+      .ptr = pattern.ptr.data(),
+      .idx = pattern.idx.data(),
+      .batch = s.batch,
+      .in_features = s.in_features,
+      .out_features = s.out_features,
+  };
+  const Panels<T> panels(kernel, x, s.batch, s.in_features);
+  for (int64_t part = 0; part < 2; ++part)
+    for (size_t panel = 0; panel < panels.rows.size(); ++panel)
+      kernel.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
+  std::vector<double> exact(y.size());
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t r = 0; r < s.out_features; ++r) {
+      double sum = with_bias ? bias[r] : 0;
+      for (int64_t e = p.ptr[r]; e < p.ptr[r + 1]; ++e) sum += double(values[e]) * x[n * s.in_features + p.idx[e]];
+      exact[n * s.out_features + r] = sum;
+    }
+  sanitize::expect_equal(y.data(), exact.data(), y.size(), "product " + s.name());
+}
+
+template <typename T>
+void check_sampled(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, std::mt19937& generator) {
+  if (s.batch == 0) return;  // no panel, no call: bind.cpp writes the zeros
+  const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
+  const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
+  const auto values = Buffer<T>::unwritten(pattern.entries());
+  const SampledValues<T> sampled = {
+      .values = values.data(),
+      .ptr = pattern.ptr.data(),
+      .idx = pattern.idx.data(),
+      .batch = s.batch,
+      .in_features = s.in_features,
+      .out_features = s.out_features,
+  };
+  const Panels<T> a_panels(kernel, a, s.batch, s.out_features), b_panels(kernel, b, s.batch, s.in_features);
+  for (int64_t part = 0; part < 2; ++part)
+    for (size_t panel = 0; panel < a_panels.rows.size(); ++panel)
+      kernel.sampled(sampled, a_panels.data(panel), b_panels.data(panel),
+                     a_panels.rows[panel].end - a_panels.rows[panel].begin, panel > 0, half(s.out_features, part));
+  std::vector<double> exact(values.size());
+  for (int64_t r = 0; r < s.out_features; ++r)
+    for (int64_t e = pattern.ptr[r]; e < pattern.ptr[r + 1]; ++e)
+      for (int64_t n = 0; n < s.batch; ++n)
+        exact[e] += double(a[n * s.out_features + r]) * b[n * s.in_features + pattern.idx[e]];
+  sanitize::expect_equal(values.data(), exact.data(), values.size(), "sampled " + s.name());
+}
+
+template <typename T>
+void check_kernels(const MaskedKernels<T>& kernel) {
+  std::mt19937 generator(0);
+  for (const Shape& s : shapes) {
+    const Pattern pattern = sanitize::random_pattern(s.out_features, s.in_features, s.density, generator);
+    for (const bool with_bias : {false, true}) check_product(kernel, s, pattern, with_bias, generator);
+    check_sampled(kernel, s, pattern, generator);
+  }
+}
+
+std::function<void()> check(const MaskedTable& table) {
+  return [&table] {
+    check_kernels(table.f32);
+    check_kernels(table.f64);
+  };
+}
+
+RUN_UNDER_SANITIZERS(masked_linear, scalar, true, check(masked_scalar));
+#if defined(__x86_64__)
+RUN_UNDER_SANITIZERS(masked_linear, avx2, sanitize::has_avx2(), check(masked_avx2));
+RUN_UNDER_SANITIZERS(masked_linear, avx512, sanitize::has_avx512(), check(masked_avx512));
+#endif
+
+}  // namespace
