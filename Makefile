@@ -39,6 +39,9 @@ test: build
 bench: build
 	$(PY) -m benchmarks.run --suite quick
 
+sanitize:
+	$(MAKE) -C python_tests/sanitize -j2
+
 lint: $(DEPENDENCIES)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

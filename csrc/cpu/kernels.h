@@ -38,13 +38,14 @@ struct BlockProduct {
   Activation activation;
 };
 
-// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out,
-// block_in].
+// For each entry p of block row r: blocks[slot[p]] = a[:, rows of r]^T b[:, columns of idx[p]], or blocks[p] where slot
+// is null.
 template <typename T>
 struct SampledBlocks {
   const T* a;         // [batch, out_features]
   const T* b_panels;  // [block columns, batch, panel_width(block_in)], packed by `pack_panels`
-  T* entries;         // [num_entries, block_out * block_in]
+  T* blocks;          // [num_entries, block_out * block_in]
+  const int32_t* slot;
   const int64_t* ptr;
   const int32_t* idx;
   int64_t batch;

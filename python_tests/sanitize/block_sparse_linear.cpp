@@ -123,11 +123,13 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto panels = panels_of(kernel, b, s);
-  const auto entries = Buffer<T>::unwritten(pattern.entries() * size);
+  const auto slot = slots_of(pattern.entries(), pattern.entries());
+  const auto blocks = Buffer<T>::unwritten(pattern.entries() * size);
   const SampledBlocks<T> sampled = {
       .a = a.data(),
       .b_panels = panels.data(),
-      .entries = entries.data(),
+      .blocks = blocks.data(),
+      .slot = slot.data(),
       .ptr = pattern.ptr.data(),
       .idx = pattern.idx.data(),
       .batch = s.batch,
@@ -140,16 +142,16 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
     const auto scratch = Buffer<T>::unwritten(kernel.sampled_scratch(sampled));
     kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
   }
-  std::vector<double> exact(entries.size());
+  std::vector<double> exact(blocks.size());
   for (int64_t row = 0; row < s.rows(); ++row)
     for (int64_t e = pattern.ptr[row]; e < pattern.ptr[row + 1]; ++e)
       for (int64_t i = 0; i < size; ++i) {
         const int64_t o = row * s.block_out + i / s.block_in, k = pattern.idx[e] * s.block_in + i % s.block_in;
         if (o >= s.out_features || k >= s.in_features) continue;
         for (int64_t n = 0; n < s.batch; ++n)
-          exact[e * size + i] += double(a[n * s.out_features + o]) * b[n * s.in_features + k];
+          exact[slot[e] * size + i] += double(a[n * s.out_features + o]) * b[n * s.in_features + k];
       }
-  sanitize::expect_equal(entries.data(), exact.data(), entries.size(), "sampled " + s.name());
+  sanitize::expect_equal(blocks.data(), exact.data(), blocks.size(), "sampled " + s.name());
 }
 
 template <typename T>

@@ -114,7 +114,8 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
     const SampledBlocks<T> s = {
         .a = static_cast<const T*>(left.data_ptr()),
         .b_panels = nullptr,
-        .entries = static_cast<T*>(entries.data_ptr()),
+        .blocks = static_cast<T*>(entries.data_ptr()),
+        .slot = shared ? nullptr : static_cast<const int32_t*>(slot.data_ptr()),
         .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
         .idx = static_cast<const int32_t*>(idx.data_ptr()),
         .batch = a.size(0),
@@ -125,7 +126,7 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
     };
     run_sampled(kernel, s, static_cast<const T*>(right.data_ptr()), ptr.size(0) - 1);
     if (shared)
-      reduce_entries(s.entries, static_cast<const int32_t*>(slot.data_ptr()), num_entries, num_slots,
+      reduce_entries(s.blocks, static_cast<const int32_t*>(slot.data_ptr()), num_entries, num_slots,
                      block_out * block_in, static_cast<T*>(values.data_ptr()));
   };
   const BlockSparseTable& table = *kernels().block_sparse;

@@ -313,7 +313,7 @@ void sampled_with_lanes(const SampledBlocks<T>& s, Range rows, T* scratch) {
     }
     for (int64_t e = s.ptr[row]; e < s.ptr[row + 1]; ++e)
       sampled_panels<T, L, Target::MaxVectors, Target>(s, scratch, s.b_panels + s.idx[e] * s.batch * width, width, 0,
-                                                       s.entries + e * s.block_out * s.block_in);
+                                                       s.blocks + (s.slot ? s.slot[e] : e) * s.block_out * s.block_in);
   }
 }
 
