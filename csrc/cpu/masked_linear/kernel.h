@@ -172,7 +172,7 @@ COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) 
 template <typename T, int L, int R, int Count, bool Ragged>
 COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const int32_t* idx, int64_t count) {
   if constexpr (Count == 1) {
-    return multiply_lanes<T, L, R>(a, panel + idx[0] * (L * R));
+    return multiply_lanes<T, L, R>(a, panel + int64_t{idx[0]} * (L * R));
   } else {
     constexpr int Half = Count / 2;
     const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);
