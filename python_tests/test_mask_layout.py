@@ -271,7 +271,7 @@ ERRORS = {
         "kind: expected auto or one of csr, block, dense, got 'coo'",
     ),
     "block shape": (
-        lambda: MaskLayout.from_mask(MASK, "block", (0, 3)),
+        lambda: MaskLayout.from_mask(MASK, block_shape=(0, 3)),
         ValueError,
         "block_shape[0]: expected an int in 1..128, got 0",
     ),

@@ -72,7 +72,7 @@ class BlockLayout:
     def __post_init__(self):
         check_positive_int("out_features", self.out_features)
         check_positive_int("in_features", self.in_features)
-        _check_block_shape(self.block_shape)
+        check_block_shape(self.block_shape)
         ptr, idx, slot = self.by_output
         rows, columns = self.grid
         check_compressed(ptr, idx, rows, columns, ("row_ptr", "col_idx"))
@@ -98,7 +98,7 @@ class BlockLayout:
         ``in_features`` and ``out_features`` are given where the last block is ragged; by default every block is whole.
         """
         check_bool_matrix("block_mask", block_mask)
-        _check_block_shape(block_shape)
+        check_block_shape(block_shape)
         shape = []
         for name, given, blocks, size in (
             ("out_features", out_features, block_mask.shape[0], block_shape[0]),
@@ -126,7 +126,7 @@ class BlockLayout:
         """From coordinates of blocks in any order, each at most once; ``slot`` names the value block of each."""
         check_positive_int("out_features", out_features)
         check_positive_int("in_features", in_features)
-        _check_block_shape(block_shape)
+        check_block_shape(block_shape)
         grid = (-(-out_features // block_shape[0]), -(-in_features // block_shape[1]))
         for name, value, limit in (("rows", rows, grid[0]), ("columns", columns, grid[1])):
             check_integers(name, value)
@@ -149,7 +149,7 @@ class BlockLayout:
         """The blocks of a dense ``weight [out, in]`` (or of a bool mask of that shape) that hold any non-zero."""
         ok = isinstance(weight, torch.Tensor) and weight.dim() == 2
         require(ok, "weight", "2-D tensor", describe(weight))
-        _check_block_shape(block_shape)
+        check_block_shape(block_shape)
         mask = np.ascontiguousarray((weight.detach() != 0).cpu().numpy())
         blocks = torch.from_numpy(index.block_any(mask, *block_shape))
         return cls.from_mask(blocks, block_shape, in_features=weight.shape[1], out_features=weight.shape[0])
@@ -356,7 +356,7 @@ def _check_slot_range(slot: torch.Tensor, entries: int) -> None:
         require(low >= 0 and high < entries, "slot", f"values in 0..{entries - 1}", f"{low}..{high}")
 
 
-def _check_block_shape(block_shape: object) -> None:
+def check_block_shape(block_shape: object) -> None:
     pair = isinstance(block_shape, (tuple, list)) and len(block_shape) == 2
     require(pair, "block_shape", "a pair (block_out, block_in)", block_shape, TypeError)
     for name, size in zip(("block_shape[0]", "block_shape[1]"), block_shape, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compsparse_kernels.layouts import index
-from compsparse_kernels.layouts.block import BlockLayout
+from compsparse_kernels.layouts.block import BlockLayout, check_block_shape
 from compsparse_kernels.layouts.checks import (
     check_bool_matrix,
     check_compressed,
@@ -128,6 +128,8 @@ class MaskLayout:
         check_bool_matrix("mask", mask)
         require(mask.numel() > 0, "mask", "at least one row and one column", describe(mask))
         require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
+        if block_shape is not None:
+            check_block_shape(block_shape)
         mask = mask.detach().cpu().contiguous()
         if kind == "auto":
             kind, block_shape = choose_kind(mask, block_shape)
@@ -136,7 +138,7 @@ class MaskLayout:
             return cls(*mask.shape, kind, MaskOrder(ptr, idx, None))
         if kind == "block":
             blocks = BlockLayout.from_dense(mask, block_shape or DEFAULT_BLOCK_SHAPE)
-            whole = int(mask.sum()) == _elements(blocks)
+            whole = _count(mask) == _elements(blocks)
             return cls(*mask.shape, kind, blocks=blocks, mask=None if whole else blocks.pack(mask))
         return cls(*mask.shape, kind, mask=mask.clone())
 
@@ -300,21 +302,37 @@ class MaskLayout:
 
 
 def choose_kind(mask: torch.Tensor, block_shape: tuple[int, int] | None = None) -> tuple[str, tuple[int, int] | None]:
-    """The kind that runs fastest for a mask ``[out, in]`` by a fixed rule of measured crossovers, and its blocks.
+    """The kind that runs fastest for a mask ``[out, in]``, by a fixed rule of measured crossovers, and its blocks.
 
-    ``block`` if the mask is exactly a union of whole blocks (32 x 32, else 16 x 16, or ``block_shape`` alone) of density
-    below ``BLOCK_CROSSOVER``; ``csr`` below ``CSR_CROSSOVER``; ``dense`` above.
+    ``block`` if the mask is exactly a union of whole blocks (32 x 32, else 16 x 16, or ``block_shape`` alone) of
+    density below ``BLOCK_CROSSOVER``; ``csr`` below ``CSR_CROSSOVER``; ``dense`` above.
     """
-    density = int(mask.sum()) / mask.numel()
+    survivors = _count(mask)
+    density = survivors / mask.numel()
+    shapes = ((16, 16), (32, 32)) if block_shape is None else (block_shape,)  # blocks of 32 are blocks of 16, too
+    fitting = None
     if 0 < density < BLOCK_CROSSOVER:
-        for shape in ((32, 32), (16, 16)) if block_shape is None else (block_shape,):
-            if _is_union_of_blocks(mask, shape):
-                return "block", shape
+        for shape in shapes:
+            if _elements_of_blocks(mask, shape) != survivors:
+                break
+            fitting = shape
+    if fitting is not None:
+        return "block", fitting
     return ("csr", None) if density < CSR_CROSSOVER else ("dense", None)
 
 
-def _is_union_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> bool:
-    return _elements(BlockLayout.from_dense(mask, block_shape)) == int(mask.sum())
+def _count(mask: torch.Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy()))  # many times faster than torch's sum of bools
+
+
+def _elements_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> int:
+    """How many elements the blocks have that hold any survivor."""
+    blocks = torch.from_numpy(index.block_any(mask.numpy(), *block_shape))
+    sizes = [
+        (features - torch.arange(0, features, size)).clamp(max=size)
+        for features, size in zip(mask.shape, block_shape, strict=True)
+    ]
+    return int((blocks * sizes[1]).sum(1) @ sizes[0])
 
 
 def _elements(blocks: BlockLayout) -> int:

@@ -3,8 +3,8 @@
 namespace compsparse {
 
 extern const MaskedTable masked_avx512 = {
-    masked_kernels<float, Target<float, 16, 4>>(),
-    masked_kernels<double, Target<double, 8, 4>>(),
+    masked_kernels<float, Target<float, 16, 2>>(),
+    masked_kernels<double, Target<double, 8, 2>>(),
 };
 
 }  // namespace compsparse

@@ -9,6 +9,7 @@
 
 #include "../kernels.h"
 #include "../partition.h"
+#include "../scratch.h"
 
 namespace compsparse {
 namespace {
@@ -59,19 +60,21 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, T* packed) {
 // Each part takes whole panels: nothing is shared, and a panel is still in cache when it is used.
 template <typename T>
 void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
+  const int64_t line = 64 / sizeof(T), stride = (panels.largest() + line - 1) / line * line;
+  const Scratch<T> scratch(parts * stride);
   for_each_part(parts, [&](int64_t part) {
-    const std::unique_ptr<T[]> packed(new T[panels.largest()]);
+    T* const packed = scratch.get() + part * stride;
     const Range mine = equal_share(panels.count(), part, parts);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-      panels.pack(panel, {0, p.in_features}, packed.get());
-      panels.kernel.product(p, panels.data(panel, packed.get()), panels.rows(panel), {0, p.out_features});
+      panels.pack(panel, {0, p.in_features}, packed);
+      panels.kernel.product(p, panels.data(panel, packed), panels.rows(panel), {0, p.out_features});
     }
   });
 }
 
 template <typename T>
 void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
-  const std::unique_ptr<T[]> packed(new T[panels.size()]);
+  const Scratch<T> packed(panels.size());
   for_each_part(parts, [&](int64_t part) { pack_all(panels, part, parts, packed.get()); });
   for_each_part(parts, [&](int64_t part) {
     const Range rows = balanced_rows(p.ptr, p.out_features, 1, part, parts);
@@ -138,7 +141,7 @@ template <typename T>
 void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>& s) {
   const int64_t nnz = s.ptr[s.out_features], parts = parts_for(s.batch * nnz);
   if (s.batch == 0) std::fill(s.values, s.values + nnz, T(0));
-  const std::unique_ptr<T[]> a_packed(new T[a.size()]), b_packed(new T[b.size()]);
+  const Scratch<T> a_packed(a.size()), b_packed(b.size());
   for_each_part(parts, [&](int64_t part) {
     pack_all(a, part, parts, a_packed.get());
     pack_all(b, part, parts, b_packed.get());

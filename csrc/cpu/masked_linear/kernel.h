@@ -74,24 +74,26 @@ void pack(const T* x, int64_t stride, int64_t rows, Range features, T* panel) {
 
 // ---------------------------------------------------------------------------------------------------------- product
 
-// out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Two at a time hide the latency of the FMA.
+// out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Several at a time hide the FMA's latency.
 template <typename T, int L, int R>
 COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* idx, int64_t count, T start, T* out) {
   constexpr int64_t Width = L * R;
-  Vec<T, L> even[R], odd[R] = {};
-  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] = Vec<T, L>{} + start;
+  constexpr int Ahead = R < 4 ? 4 : 2;
+  Vec<T, L> sum[Ahead][R] = {};
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += start;
   int64_t p = 0;
-  for (; p + 2 <= count; p += 2) {
-    const T* first = panel + idx[p] * Width;
-    const T* second = panel + idx[p + 1] * Width;
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] += load<T, L>(first + r * L) * values[p];
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) odd[r] += load<T, L>(second + r * L) * values[p + 1];
+  for (; p + Ahead <= count; p += Ahead) COMPSPARSE_UNROLL for (int k = 0; k < Ahead; ++k) {
+      const T* row = panel + idx[p + k] * Width;
+      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += load<T, L>(row + r * L) * values[p + k];
+    }
+  for (; p < count; ++p) {
+    const T* row = panel + idx[p] * Width;
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += load<T, L>(row + r * L) * values[p];
   }
-  if (p < count) {
-    const T* last = panel + idx[p] * Width;
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] += load<T, L>(last + r * L) * values[p];
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+    COMPSPARSE_UNROLL for (int k = 1; k < Ahead; ++k) sum[0][r] += sum[k][r];
+    store<T, L>(out + r * L, sum[0][r]);
   }
-  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<T, L>(out + r * L, even[r] + odd[r]);
 }
 
 // tile [L outputs][width] -> y [valid batch rows][outputs]
@@ -123,23 +125,37 @@ void product_panel(const MaskedProduct<T>& p, const T* panel, Range batch, Range
   }
 }
 
-// One batch row: scalar loads are faster than gathers, four sums hide the latency.
-template <typename T>
+// sums += values * x[idx], one vector of entries for each of the sums. Loads lane by lane are faster than gathers.
+template <typename T, int L, int Count>
+COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const int32_t* idx, Vec<T, L>* sums) {
+  COMPSPARSE_UNROLL for (int s = 0; s < Count; ++s) {
+    Vec<T, L> inputs;
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) inputs[i] = x[idx[s * L + i]];
+    sums[s] += inputs * load<T, L>(values + s * L);
+  }
+}
+
+// The batch row x: four sums hide the latency of the FMA.
+template <typename T, int L>
 void product_single(const MaskedProduct<T>& p, const T* x, int64_t n, Range rows) {
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    T sum[4] = {p.bias ? p.bias[r] : T(0), 0, 0, 0};
+    Vec<T, L> sums[4] = {};
     int64_t e = p.ptr[r];
-    for (; e + 4 <= p.ptr[r + 1]; e += 4)
-      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) sum[i] += p.values[e + i] * x[p.idx[e + i]];
-    for (; e < p.ptr[r + 1]; ++e) sum[0] += p.values[e] * x[p.idx[e]];
-    p.y[n * p.out_features + r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const int64_t end = p.ptr[r + 1];
+    for (; e + 4 * L <= end; e += 4 * L) multiply_gathered<T, L, 4>(x, p.values + e, p.idx + e, sums);
+    for (; e + L <= end; e += L) multiply_gathered<T, L, 1>(x, p.values + e, p.idx + e, sums);
+    T sum = p.bias ? p.bias[r] : T(0);
+    for (; e < end; ++e) sum += p.values[e] * x[p.idx[e]];
+    const Vec<T, L> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) sum += lanes[i];
+    p.y[n * p.out_features + r] = sum;
   }
 }
 
 template <typename T, class Target>
 void product(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows) {
   const int64_t width = panel_width<T, Target>(batch.end - batch.begin);
-  if (width == 1) return product_single<T>(p, panel, batch.begin, rows);
+  if (width == 1) return product_single<T, Target::MinLanes>(p, panel, batch.begin, rows);
   with_width<T, Target>(width, [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
 
@@ -156,7 +172,7 @@ COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) 
 template <typename T, int L, int R, int Count, bool Ragged>
 COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const int32_t* idx, int64_t count) {
   if constexpr (Count == 1) {
-    return multiply_lanes<T, L, R>(a, panel + idx[0] * (L * R));
+    return multiply_lanes<T, L, R>(a, panel + int64_t{idx[0]} * (L * R));
   } else {
     constexpr int Half = Count / 2;
     const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);

@@ -3,8 +3,8 @@
 namespace compsparse {
 
 extern const MaskedTable masked_scalar = {
-    masked_kernels<float, Target<float, 4, 8>>(),
-    masked_kernels<double, Target<double, 2, 8>>(),
+    masked_kernels<float, Target<float, 4, 4>>(),
+    masked_kernels<double, Target<double, 2, 4>>(),
 };
 
 }  // namespace compsparse
