@@ -38,7 +38,8 @@ struct BlockProduct {
   Activation activation;
 };
 
-// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out, block_in].
+// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out,
+// block_in].
 template <typename T>
 struct SampledBlocks {
   const T* a;         // [batch, out_features]
@@ -100,8 +101,8 @@ struct Attention {
   AttentionSizes size;
   Heads<const T> query, key, value;
   Heads<T> out;
-  const T* bias;         // float bias or null, strides in bias_strides (0 where it is broadcast)
-  const uint8_t* mask;   // bool bias (true = may attend) or null, same strides
+  const T* bias;        // float bias or null, strides in bias_strides (0 where it is broadcast)
+  const uint8_t* mask;  // bool bias (true = may attend) or null, same strides
   int64_t bias_strides[4];
   const uint8_t* padding;  // [batch, keys], true = no query sees this key; or null
   const T* packed_keys;    // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`
@@ -144,7 +145,7 @@ struct AttentionKernels {
   int64_t slack;  // elements that `forward` may write past a row's last candidate
   void (*pack_keys)(const Attention<T>&, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms);
   void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
-  void (*backward_rows)(const AttentionGradient<T>&, Range rows);  // score_grad, query_grad
+  void (*backward_rows)(const AttentionGradient<T>&, Range rows);                              // score_grad, query_grad
   void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys);  // key_grad, value_grad
 };
 
