@@ -140,7 +140,8 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, int64_t* de
       const Range rows = units.rows(unit);
       const int64_t head = units.head(unit);
       kernel.forward(a, head / size.heads, head % size.heads, rows, scratch);
-      if (blocks && !keep_block(scratch, rows.end - rows.begin, degrees + head * size.queries + rows.begin, blocks[unit]))
+      if (blocks &&
+          !keep_block(scratch, rows.end - rows.begin, degrees + head * size.queries + rows.begin, blocks[unit]))
         failed[part] = 1;
     }
   });
@@ -205,8 +206,7 @@ Inputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& value, co
 Tensor threshold_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                            const std::optional<Tensor>& attn_bias, const std::optional<Tensor>& key_padding_mask,
                            double threshold, std::string rule, bool is_causal, double scale) {
-  const Inputs inputs =
-      inputs_of(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale);
+  const Inputs inputs = inputs_of(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale);
   Tensor out = inputs.new_output();
   by_dtype(query, [&]<typename T>(const AttentionKernels<T>& kernel) {
     Attention<T> a = inputs.attention<T>(out);
@@ -241,8 +241,7 @@ std::tuple<Tensor, Tensor> join_blocks(const Tensor& like, Tensor& row_ptr, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_support(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_bias,
     const std::optional<Tensor>& key_padding_mask, double threshold, std::string rule, bool is_causal, double scale) {
-  const Inputs inputs =
-      inputs_of(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale);
+  const Inputs inputs = inputs_of(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale);
   Tensor out = inputs.new_output();
   Tensor row_ptr =
       torch::stable::new_empty(query, {query.size(0) * query.size(1) * query.size(2) + 1}, ScalarType::Long);
@@ -260,25 +259,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_support(
 template <typename T>
 void run_backward(const AttentionKernels<T>& kernel, const AttentionGradient<T>& g) {
   const AttentionSizes& size = g.size;
-  const int64_t rows = size.batch * size.heads * size.queries, kv_heads = size.batch * size.kv_heads;
-  const int64_t work = (g.row_ptr[rows] + rows + kv_heads * size.keys) * (size.width + size.value_width);
+  const int64_t rows = size.batch * size.heads * size.queries, keys = size.batch * size.kv_heads * size.keys;
+  const int64_t work = (g.row_ptr[rows] + rows + keys) * (size.width + size.value_width);
   const int64_t parts = parts_for(work);
-  for_each_part(parts,
-                [&](int64_t part) { kernel.backward_rows(g, balanced_rows(g.row_ptr, rows, 4, part, parts)); });
-  // The gradients of a block's keys and values fit in the L2 cache beside what is read.
-  const int64_t row_bytes = (size.width + size.value_width) * sizeof(T);
-  const int64_t block = std::clamp<int64_t>((256 << 10) / row_bytes, 16, 4096), per_head = (size.keys + block - 1) / block;
+  for_each_part(parts, [&](int64_t part) { kernel.backward_rows(g, balanced_rows(g.row_ptr, rows, 4, part, parts)); });
+  // A range of keys whose gradients stay in the L2 cache; more ranges where there are fewer heads than threads.
+  constexpr int64_t cache = 512 << 10;
+  const int64_t kv_heads = size.batch * size.kv_heads, splits = 2 * (parts - 1) / std::max<int64_t>(kv_heads, 1);
+  const int64_t in_cache = cache / (std::max(size.width, size.value_width) * int64_t(sizeof(T)));
+  const int64_t range = std::clamp<int64_t>(std::min(in_cache, size.keys / (splits + 1)), 64, 1 << 20);
+  const int64_t per_head = (size.keys + range - 1) / range;
   for_each_part(parts, [&](int64_t part) {
     for (int64_t unit = part; unit < kv_heads * per_head; unit += parts) {
-      const int64_t head = unit / per_head, begin = unit % per_head * block;
-      kernel.backward_keys(g, head / size.kv_heads, head % size.kv_heads, {begin, std::min(begin + block, size.keys)});
+      const int64_t head = unit / per_head, begin = unit % per_head * range;
+      kernel.backward_keys(g, head / size.kv_heads, head % size.kv_heads, {begin, std::min(begin + range, size.keys)});
     }
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& row_ptr,
-    const Tensor& col_idx, const Tensor& weights, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_backward(const Tensor& grad, const Tensor& query,
+                                                                        const Tensor& key, const Tensor& value,
+                                                                        const Tensor& row_ptr, const Tensor& col_idx,
+                                                                        const Tensor& weights, double scale) {
   const Tensor rows[] = {with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                          with_contiguous_rows(grad)};
   const auto new_like = [](const Tensor& x) {

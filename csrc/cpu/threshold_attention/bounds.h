@@ -1,7 +1,8 @@
 // How far a screened score may lie from the score in exact arithmetic.
 //
-// The screen computes x = fl(fl(sum_k fl(scale q_k) k_k) + bias) in T with unit roundoff u. With n = width + 4 roundings on
-// any path and gamma = n u / (1 - n u), the standard bound for a sum of products in any order, and Cauchy-Schwarz,
+// The screen computes x = fl(fl(sum_k fl(scale q_k) k_k) + bias) in T with unit roundoff u. With n = width + 4
+// roundings on any path and gamma = n u / (1 - n u), the standard bound for a sum of products in any order, and
+// Cauchy-Schwarz,
 //   |x - s| <= gamma |scale| |q| |k| + u |x| + (underflow: at most one smallest normal number a step)  =:  a + u |x|.
 // Norms are computed in double and rounded up. Scaling itself may overflow: then a is infinite or NaN, every comparison
 // with it fails, and a key counts as undecided, never as dropped.
@@ -27,8 +28,13 @@ struct Rounding<double> {
 
 template <typename T>
 inline double norm_above(const T* x, int64_t width) {
+  double lanes[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8)
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(x[d + lane]) * double(x[d + lane]);
+  for (; d < width; ++d) lanes[0] += double(x[d]) * double(x[d]);
   double sum = 0;
-  for (int64_t d = 0; d < width; ++d) sum += double(x[d]) * double(x[d]);
+  for (int lane = 0; lane < 8; ++lane) sum += lanes[lane];
   return __builtin_sqrt(sum) * (1 + double(width + 4) * 0x1p-52);
 }
 
@@ -57,7 +63,8 @@ class ScreenError {
     absolute_ = n / (1 - n) * product + double(width + 4) * Rounding<T>::smallest_normal;
   }
 
-  // Below this screened score a key's exact score is certainly under c. Finite, so that masked keys (-inf) are under it.
+  // Below this screened score a key's exact score is certainly under c. Finite, so that masked keys (-inf) are under
+  // it.
   T below(double c) const {
     const double y = c - absolute_, x = y - 8 * Rounding<T>::unit * __builtin_fabs(y);
     const double lowest = sizeof(T) == 4 ? -double(__FLT_MAX__) : -__DBL_MAX__;
@@ -70,12 +77,13 @@ class ScreenError {
     return T(y + 8 * Rounding<T>::unit * __builtin_fabs(y));
   }
 
-  // The least exact score of a key with this screened score.
-  double at_least(T screened) const {
-    return screened - absolute_ - 2 * Rounding<T>::unit * __builtin_fabs(double(screened));
-  }
+  // The least and the largest exact score of a key with this screened score.
+  double at_least(T screened) const { return screened - absolute_ - relative(screened); }
+  double at_most(T screened) const { return screened + absolute_ + relative(screened); }
 
  private:
+  static double relative(T screened) { return 2 * Rounding<T>::unit * __builtin_fabs(double(screened)); }
+
   double absolute_;
 };
 

@@ -1,9 +1,11 @@
 // Thresholded attention, exact in its support, written once for every vector width.
 //
 // forward, a block of queries against all keys:
-//   screen   score tiles [M queries, R vectors of keys] stay in registers over the width, as in a matrix product, and go to
+//   screen   score tiles [M queries, R vectors of keys] stay in registers over the width, as in a matrix product, and
+//   go to
 //            a strip of scores that fits in cache; a scan of the strip keeps the candidates.
-//   refine   the few candidates within the screen's rounding bound of the row's threshold (or of its maximum) are decided
+//   refine   the few candidates within the screen's rounding bound of the row's threshold (or of its maximum) are
+//   decided
 //            by scores computed in double; all others are certain already.
 //   attend   softmax over the survivors, and a sum over their rows of V.
 //
@@ -20,9 +22,10 @@ namespace {
 
 using namespace compsparse;
 
-constexpr int64_t kBlockQueries = 24;   // a panel of keys is read from cache once for so many queries
-constexpr int64_t kStripBytes = 8192;   // of scores of one query; with all queries of a block, a fraction of the L2 cache
-constexpr int64_t kChain = 64;          // products added up one after another, then the chains: less rounding
+constexpr int64_t kBlockQueries = 24;  // a panel of keys is read from cache once for so many queries
+constexpr int64_t kStripBytes =
+    8192;                       // of scores of one query; with all queries of a block, a fraction of the L2 cache
+constexpr int64_t kChain = 64;  // products added up one after another, then the chains: less rounding
 constexpr int64_t kCandidateSlack = 16;  // `compress` writes whole vectors
 
 // Lanes of T in the widest vector; registers for accumulators; vectors of keys side by side in a tile.
@@ -80,11 +83,10 @@ void score_tile(const T* queries, int64_t width, const T* packed, T* scores, int
         COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] += key[r] * query;
       }
     }
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
-        T* to = scores + m * stride + r * L;
-        store<T, L>(to, begin == 0 ? acc[m][r] : load<T, L>(to) + acc[m][r]);
-      }
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+      T* to = scores + m * stride + r * L;
+      store<T, L>(to, begin == 0 ? acc[m][r] : load<T, L>(to) + acc[m][r]);
+    }
   }
 }
 
@@ -101,10 +103,10 @@ void score_rows(const T* queries, int64_t count, int64_t width, const T* packed,
 template <typename T>
 struct QueryState {
   int64_t b, h, i;
-  int64_t visible;     // keys 0 .. visible may be attended as far as causality goes
-  const T* query;      // as given, not scaled
+  int64_t visible;  // keys 0 .. visible may be attended as far as causality goes
+  const T* query;   // as given, not scaled
   ScreenError<T> error;
-  T top;               // largest screened score so far
+  T top;  // largest screened score so far
 };
 
 // Bias, masks and the end of the row, on the scores of keys [first, first + count); what is masked becomes -inf.
@@ -112,8 +114,7 @@ template <typename T, int L>
 void apply_bias(const Attention<T>& a, const QueryState<T>& q, int64_t first, int64_t count, T* scores) {
   const T hidden = -__builtin_inf();
   const int64_t step = a.bias_strides[3];
-  const int64_t at =
-      q.b * a.bias_strides[0] + q.h * a.bias_strides[1] + q.i * a.bias_strides[2] + first * step;
+  const int64_t at = q.b * a.bias_strides[0] + q.h * a.bias_strides[1] + q.i * a.bias_strides[2] + first * step;
   if (a.bias && step == 1)
     for (int64_t j = 0; j < count; ++j) scores[j] += a.bias[at + j];
   else if (a.bias)
@@ -143,13 +144,17 @@ T largest_score(const T* scores, int64_t count) {
 // Appends the keys whose score may reach the threshold of the row.
 template <typename T, int L>
 int64_t collect(const T* scores, int64_t first, int64_t count, T bound, int32_t* columns, T* candidates) {
+  constexpr int Group = 4;  // one branch for so many vectors: whether a single one has a candidate can't be foreseen
   int64_t found = 0;
-  for (int64_t j = 0; j < count; j += L) {
-    const Vec<T, L> score = load<T, L>(scores + j);
-    const uint32_t bits = not_below<T, L>(score, bound);
-    if (bits == 0) continue;
-    compress_columns<L>(int32_t(first + j), bits, columns + found);
-    found += compress<T, L>(score, bits, candidates + found);
+  for (int64_t j = 0; j < count; j += Group * L) {
+    const int64_t vectors = min64(Group, ceil_div(count - j, L));
+    uint32_t bits[Group] = {}, any = 0;
+    for (int64_t g = 0; g < vectors; ++g) any |= bits[g] = not_below<T, L>(load<T, L>(scores + j + g * L), bound);
+    if (any == 0) continue;
+    for (int64_t g = 0; g < vectors; ++g) {
+      compress_columns<L>(int32_t(first + j + g * L), bits[g], columns + found);
+      found += compress<T, L>(load<T, L>(scores + j + g * L), bits[g], candidates + found);
+    }
   }
   return found;
 }
@@ -199,9 +204,19 @@ int64_t keep_undefined(int32_t* columns, T* scores, int64_t count) {
   return kept;
 }
 
+// From this screened score on a key certainly belongs to the support, wherever in its bounds the row's maximum lies.
+template <typename T>
+T certain_score(const Attention<T>& a, const QueryState<T>& q) {
+  return q.error.above(a.absolute ? a.cut : q.error.at_most(q.top) + a.cut);
+}
+
 // Candidates -> survivors, in place and in order.
 template <typename T>
 int64_t refine(const Attention<T>& a, const QueryState<T>& q, int32_t* columns, T* scores, int64_t count) {
+  const T enough = certain_score(a, q);
+  bool all = true;
+  for (int64_t e = 0; e < count; ++e) all &= scores[e] >= enough;
+  if (all) return count;
   if (const int64_t undefined = keep_undefined(columns, scores, count)) return undefined;
   const double cut = a.absolute ? a.cut : exact_maximum(a, q, columns, scores, count) + a.cut;
   const T low = q.error.below(cut), high = q.error.above(cut);

@@ -162,7 +162,32 @@ void gather_sum(const T* rows, int64_t stride, int64_t width, const int32_t* col
     gather_sum<T, L / 2, 1>(rows + d, stride, width - d, columns, weights, count, factor, to + d);
 }
 
-// dots[e] = x . rows[columns[e]]
+// rows[columns[e]][0..width) += factor * weights[e] * x[0..width) for each e, in order.
+template <typename T, int L, int C>
+COMPSPARSE_INLINE void scatter_chunk(const T* x, const int32_t* columns, const T* weights, int64_t count, T factor,
+                                     T* rows, int64_t stride) {
+  Vec<T, L> part[C];
+  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) part[c] = load<T, L>(x + c * L) * factor;
+  for (int64_t e = 0; e < count; ++e) {
+    T* row = rows + columns[e] * stride;
+    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c)
+        store<T, L>(row + c * L, load<T, L>(row + c * L) + part[c] * weights[e]);
+  }
+}
+
+template <typename T, int L, int C>
+void scatter(const T* x, int64_t width, const int32_t* columns, const T* weights, int64_t count, T factor, T* rows,
+             int64_t stride) {
+  int64_t d = 0;
+  for (; d + C * L <= width; d += C * L)
+    scatter_chunk<T, L, C>(x + d, columns, weights, count, factor, rows + d, stride);
+  if (d == width) return;
+  if constexpr (C > 1)
+    scatter<T, L, C / 2>(x + d, width - d, columns, weights, count, factor, rows + d, stride);
+  else if constexpr (L > 1)
+    scatter<T, L / 2, 1>(x + d, width - d, columns, weights, count, factor, rows + d, stride);
+}
+
 template <typename T, int L>
 COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   Vec<T, L> acc = {};
@@ -171,14 +196,6 @@ COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   T sum = sum_lanes<T, L>(acc);
   for (; d < width; ++d) sum += a[d] * b[d];
   return sum;
-}
-
-// to[0..width) += factor * x
-template <typename T, int L>
-COMPSPARSE_INLINE void add_scaled(const T* x, T factor, int64_t width, T* to) {
-  int64_t d = 0;
-  for (; d + L <= width; d += L) store<T, L>(to + d, load<T, L>(to + d) + load<T, L>(x + d) * factor);
-  for (; d < width; ++d) to[d] += x[d] * factor;
 }
 
 }  // namespace
