@@ -1,7 +1,16 @@
 """Sparse kernels for PyTorch that train and infer: block-sparse DAG layers, pruned nets, thresholded attention."""
 
 from compsparse_kernels._version import __version__
-from compsparse_kernels.layouts import BlockLayout
-from compsparse_kernels.ops import block_sparse_linear, explain, sampled_block_matmul
+from compsparse_kernels.layouts import BlockLayout, MaskLayout
+from compsparse_kernels.ops import block_sparse_linear, explain, masked_linear, sampled_block_matmul, sampled_matmul
 
-__all__ = ["BlockLayout", "__version__", "block_sparse_linear", "explain", "sampled_block_matmul"]
+__all__ = [
+    "BlockLayout",
+    "MaskLayout",
+    "__version__",
+    "block_sparse_linear",
+    "explain",
+    "masked_linear",
+    "sampled_block_matmul",
+    "sampled_matmul",
+]

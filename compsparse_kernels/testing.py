@@ -154,7 +154,7 @@ def run_in_subprocess(
         timeout: seconds.
 
     Raises:
-        AssertionError: with the process's error output, if it does not end well.
+        AssertionError: with what the process printed, if it does not end well.
     """
     environment = dict(os.environ)
     environment.pop("COMPSPARSE_CPU", None)
@@ -167,5 +167,5 @@ def run_in_subprocess(
     done = subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=timeout
     )
-    assert done.returncode == 0, f"the process ended with {done.returncode}:\n{done.stderr}"
+    assert done.returncode == 0, f"the process ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout

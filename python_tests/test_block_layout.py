@@ -317,7 +317,7 @@ def test_compiled_functions_take_strided_masks():
 
 @needs_compiled
 def test_a_large_mask_takes_no_time():
-    """16384 x 16384 blocks: 2 s at most on a quiet machine, which the printed time shows; the bound is for a busy one."""
+    """16384 x 16384 blocks: at most 2 s on a quiet machine (the time is printed); the bound is for a busy one."""
     mask = torch.zeros(16384, 16384, dtype=torch.bool)
     mask.view(-1)[torch.randint(mask.numel(), (2_000_000,), generator=torch.Generator().manual_seed(0))] = True
     begin = time.perf_counter()

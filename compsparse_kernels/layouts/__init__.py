@@ -1,5 +1,6 @@
 """How a sparse pattern is stored: frozen dataclasses of index tensors, checked once, at construction."""
 
 from compsparse_kernels.layouts.block import BlockLayout, BlockOrder
+from compsparse_kernels.layouts.mask import MaskLayout, MaskOrder
 
-__all__ = ["BlockLayout", "BlockOrder"]
+__all__ = ["BlockLayout", "BlockOrder", "MaskLayout", "MaskOrder"]

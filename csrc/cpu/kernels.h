@@ -72,12 +72,61 @@ struct BlockSparseTable {
 
 extern const BlockSparseTable block_sparse_scalar, block_sparse_avx2, block_sparse_avx512;
 
+// --------------------------------------------------------------------------------------------------- masked_linear
+
+// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the
+// batch is the vector axis. A panel of width 1 is the batch row itself, and is not packed.
+
+// y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
+template <typename T>
+struct MaskedProduct {
+  const T* values;  // [nnz], in the order of the entries
+  const T* bias;    // [out_features] or null
+  T* y;             // [batch, out_features]
+  const int64_t* ptr;
+  const int32_t* idx;
+  int64_t batch;
+  int64_t in_features;
+  int64_t out_features;
+};
+
+// values[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
+template <typename T>
+struct SampledValues {
+  T* values;  // [nnz]
+  const int64_t* ptr;
+  const int32_t* idx;
+  int64_t batch;
+  int64_t in_features;
+  int64_t out_features;
+};
+
+template <typename T>
+struct MaskedKernels {
+  int64_t panel_rows;  // batch rows of a full panel
+  int64_t (*panel_width)(int64_t rows);
+  // The given features of `rows` batch rows of x, which are `stride` apart.
+  void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, T* panel);
+  // Outputs `rows` of the batch rows that the panel holds.
+  void (*product)(const MaskedProduct<T>&, const T* panel, Range batch, Range rows);
+  // One panel's share of the sums: stored, or added to what is there.
+  void (*sampled)(const SampledValues<T>&, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows);
+};
+
+struct MaskedTable {
+  MaskedKernels<float> f32;
+  MaskedKernels<double> f64;
+};
+
+extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;
+
 // ------------------------------------------------------------------------------------------------------- dispatch
 
 // Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512.
 struct Kernels {
   const char* isa;
   const BlockSparseTable* block_sparse;
+  const MaskedTable* masked;
 };
 
 const Kernels& kernels();

@@ -1,0 +1,322 @@
+"""Element-wise patterns of pruned weights: which elements exist, and how the survivors are stored."""
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from compsparse_kernels.layouts import index
+from compsparse_kernels.layouts.block import BlockLayout
+from compsparse_kernels.layouts.checks import (
+    check_bool_matrix,
+    check_compressed,
+    check_positive_int,
+    describe,
+    require,
+)
+
+KINDS = ("csr", "block", "dense")
+DEFAULT_BLOCK_SHAPE = (16, 16)
+
+# Densities below which a kind is faster than dense, forward and backward, float32, batch 64 to 512, one and two threads
+# of an AVX-512 processor; rounded towards dense.
+BLOCK_CROSSOVER = 0.9
+CSR_CROSSOVER = 0.4
+
+
+class MaskOrder(NamedTuple):
+    """Survivors in one order: row r holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] and has the value of
+    perm[p], or of p itself where perm is None."""
+
+    ptr: torch.Tensor  # int64 [rows + 1]
+    idx: torch.Tensor  # int32 [nnz]
+    perm: torch.Tensor | None  # int32 [nnz], int64 where nnz >= 2^31
+
+
+@dataclass(frozen=True, eq=False)
+class MaskLayout:
+    """Pattern of a pruned weight ``[out_features, in_features]``, and the way its survivors are stored:
+
+    ========= ====================================================== ===============================
+    kind      the pattern                                            values
+    ========= ====================================================== ===============================
+    ``csr``   both orders: by output and by input                    ``[nnz]``, by output
+    ``block`` a :class:`BlockLayout` of the blocks with survivors,   ``[nnz_blocks, bo, bi]``
+              and a bool mask of their elements where some are partly
+              filled
+    ``dense`` the bool mask                                          ``[out, in]``
+    ========= ====================================================== ===============================
+
+    Usually built by :meth:`from_mask`, :meth:`from_dense`, :meth:`from_csr` or :meth:`from_scipy`.
+
+    Args:
+        out_features, in_features: shape of the weight.
+        kind: ``"csr"``, ``"block"`` or ``"dense"``.
+        by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int32 ``[nnz]`` strictly ascending in
+            each row, and None. The order by input is derived.
+        blocks: for block, which blocks are stored; none shared.
+        mask: bool, of the shape of the values: for dense which elements survive; for block the same, or None where all
+            elements of the blocks do.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+
+    Example:
+        >>> import torch
+        >>> from compsparse_kernels import MaskLayout
+        >>> layout = MaskLayout.from_mask(torch.eye(64, dtype=torch.bool))
+        >>> layout
+        MaskLayout(64 x 64, csr, 64 survivors, density 0.016)
+        >>> values = layout.pack(torch.randn(64, 64))
+        >>> values.shape, layout.unpack(values).shape
+        (torch.Size([64]), torch.Size([64, 64]))
+    """
+
+    out_features: int
+    in_features: int
+    kind: str
+    by_output: MaskOrder | None = None
+    blocks: BlockLayout | None = None
+    mask: torch.Tensor | None = None
+    by_input: MaskOrder | None = field(init=False, default=None)
+    transposed: bool = field(init=False, default=False)  # values are stored as those of .T are
+
+    def __post_init__(self):
+        check_positive_int("out_features", self.out_features)
+        check_positive_int("in_features", self.in_features)
+        require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", repr(self.kind))
+        for name, kinds in (("by_output", ("csr",)), ("blocks", ("block",)), ("mask", ("block", "dense"))):
+            unused = self.kind in kinds or getattr(self, name) is None
+            require(unused, name, f"None with kind {self.kind}", describe(getattr(self, name)))
+        {"csr": self._check_csr, "block": self._check_block, "dense": self._check_dense}[self.kind]()
+
+    def _check_csr(self):
+        ok = isinstance(self.by_output, tuple) and len(self.by_output) == 3
+        require(ok, "by_output", "(row_ptr, col_idx, None)", describe(self.by_output), TypeError)
+        ptr, idx, perm = self.by_output
+        check_compressed(ptr, idx, self.out_features, self.in_features, ("row_ptr", "col_idx"))
+        require(perm is None, "by_output[2]", "None: values lie by output", describe(perm))
+        by_input = index.transpose(ptr.numpy(), idx.numpy(), self.in_features)
+        object.__setattr__(self, "by_output", MaskOrder(ptr, idx, None))
+        object.__setattr__(self, "by_input", MaskOrder(*map(torch.from_numpy, by_input)))
+
+    def _check_block(self):
+        ok = isinstance(self.blocks, BlockLayout)
+        require(ok, "blocks", "BlockLayout", describe(self.blocks), TypeError)
+        shape = (self.blocks.out_features, self.blocks.in_features)
+        wanted = f"{self.out_features} x {self.in_features}"
+        require(shape == (self.out_features, self.in_features), "blocks", wanted, self.blocks)
+        plain = not self.blocks.shared and not self.blocks.transposed
+        require(plain, "blocks", "neither shared nor transposed", self.blocks)
+        if self.mask is not None:
+            _check_mask(self.mask, self.blocks.values_shape)
+
+    def _check_dense(self):
+        _check_mask(self.mask, (self.out_features, self.in_features))
+
+    # ---- construction
+
+    @classmethod
+    def from_mask(
+        cls, mask: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+    ) -> "MaskLayout":
+        """From a bool mask ``[out, in]``; ``kind="auto"`` is :func:`choose_kind`'s. ``block_shape`` is for kind block,
+        (16, 16) by default."""
+        check_bool_matrix("mask", mask)
+        require(mask.numel() > 0, "mask", "at least one row and one column", describe(mask))
+        require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
+        mask = mask.detach().cpu().contiguous()
+        if kind == "auto":
+            kind, block_shape = choose_kind(mask, block_shape)
+        if kind == "csr":
+            ptr, idx = map(torch.from_numpy, index.compress(mask.numpy()))
+            return cls(*mask.shape, kind, MaskOrder(ptr, idx, None))
+        if kind == "block":
+            blocks = BlockLayout.from_dense(mask, block_shape or DEFAULT_BLOCK_SHAPE)
+            whole = int(mask.sum()) == _elements(blocks)
+            return cls(*mask.shape, kind, blocks=blocks, mask=None if whole else blocks.pack(mask))
+        return cls(*mask.shape, kind, mask=mask.clone())
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+    ) -> "MaskLayout":
+        """The non-zeros of a dense ``weight [out, in]``."""
+        ok = isinstance(weight, torch.Tensor) and weight.dim() == 2
+        require(ok, "weight", "2-D tensor", describe(weight))
+        return cls.from_mask(weight.detach() != 0, kind, block_shape)
+
+    @classmethod
+    def from_csr(cls, weight: torch.Tensor) -> tuple["MaskLayout", torch.Tensor]:
+        """Layout (kind csr) and values of a ``torch.sparse_csr`` matrix; stored zeros are survivors."""
+        ok = isinstance(weight, torch.Tensor) and weight.layout == torch.sparse_csr and weight.dim() == 2
+        require(ok, "weight", "2-D sparse CSR tensor", describe(weight))
+        ptr, idx = weight.crow_indices().long().cpu(), weight.col_indices().int().cpu()
+        return cls(*weight.shape, "csr", MaskOrder(ptr, idx, None)), weight.values().contiguous()
+
+    @classmethod
+    def from_scipy(cls, weight) -> tuple["MaskLayout", torch.Tensor]:
+        """Layout (kind csr) and values of a ``scipy.sparse`` CSR matrix or array; stored zeros are survivors."""
+        require(getattr(weight, "format", None) == "csr", "weight", "scipy.sparse CSR matrix", type(weight).__name__)
+        weight = weight.copy()
+        weight.sum_duplicates()
+        weight.sort_indices()
+        ptr, idx = torch.from_numpy(weight.indptr.astype(np.int64)), torch.from_numpy(weight.indices.astype(np.int32))
+        return cls(*map(int, weight.shape), "csr", MaskOrder(ptr, idx, None)), torch.from_numpy(weight.data.copy())
+
+    # ---- what it is
+
+    @cached_property
+    def nnz(self) -> int:
+        """Number of survivors."""
+        if self.kind == "csr":
+            return len(self.by_output.idx)
+        return _elements(self.blocks) if self.mask is None else int(self.mask.sum())
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's elements that survive."""
+        return self.nnz / (self.out_features * self.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        return self._index_tensor().device
+
+    def _index_tensor(self) -> torch.Tensor:
+        return {"csr": self.by_output, "block": self.blocks and self.blocks.by_output}.get(self.kind, (self.mask,))[0]
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        if self.kind == "csr":
+            return (self.nnz,)
+        return self.blocks.values_shape if self.kind == "block" else tuple(self.mask.shape)
+
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of each survivor, by output; kind csr only."""
+        require(self.kind == "csr", "layout", "kind csr", self)
+        ptr, idx, _ = self.by_output
+        return torch.arange(len(ptr) - 1, device=idx.device).repeat_interleave(ptr.diff()), idx
+
+    def to_mask(self) -> torch.Tensor:
+        """bool ``[out, in]``: which elements survive."""
+        ones = torch.ones(self.values_shape, dtype=torch.bool, device=self.device)
+        return self.unpack(ones)
+
+    @cached_property
+    def T(self) -> "MaskLayout":
+        """Layout of the transposed weight, over the same values: no copy of them is made."""
+        other = copy.copy(self)
+        for name, value in (
+            ("out_features", self.in_features),
+            ("in_features", self.out_features),
+            ("by_output", self.by_input),
+            ("by_input", self.by_output),
+            ("blocks", None if self.blocks is None else self.blocks.T),
+            ("transposed", not self.transposed),
+        ):
+            object.__setattr__(other, name, value)
+        other.__dict__["T"] = self
+        return other
+
+    def to(self, device: torch.device | str) -> "MaskLayout":
+        """The same layout with its index tensors on ``device``."""
+        if torch.device(device) == self.device:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("T", None)
+        for name in ("by_output", "by_input"):
+            order = getattr(self, name)
+            if order is not None:
+                moved = MaskOrder(*(None if part is None else part.to(device) for part in order))
+                object.__setattr__(other, name, moved)
+        for name in ("blocks", "mask"):
+            if getattr(self, name) is not None:
+                object.__setattr__(other, name, getattr(self, name).to(device))
+        return other
+
+    # ---- dense weights in and out
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is dropped (zero in block and dense)."""
+        shape = (self.out_features, self.in_features)
+        ok = isinstance(weight, torch.Tensor) and weight.shape == shape
+        require(ok, "weight", f"tensor {list(shape)}", describe(weight))
+        if self.transposed:
+            return self.T.pack(weight.mT)
+        if self.kind == "csr":
+            rows, columns = self.coordinates()
+            return weight[rows, columns.long()]
+        values = self.blocks.pack(weight) if self.kind == "block" else weight
+        return values.clone() if self.mask is None else torch.where(self.mask, values, 0)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of shape ``values_shape`` -> dense ``[out, in]``, zero where the mask drops."""
+        ok = isinstance(values, torch.Tensor) and values.shape == self.values_shape
+        require(ok, "values", f"tensor {list(self.values_shape)}", describe(values))
+        if self.transposed:
+            return self.T.unpack(values).mT.contiguous()
+        if self.kind == "csr":
+            rows, columns = self.coordinates()
+            dense = values.new_zeros(self.out_features, self.in_features)
+            return dense.index_put((rows, columns.long()), values)
+        kept = values if self.mask is None else torch.where(self.mask, values, 0)
+        return self.blocks.unpack(kept) if self.kind == "block" else kept
+
+    def to_csr(self, values: torch.Tensor) -> torch.Tensor:
+        """As ``torch.sparse_csr``, from any kind."""
+        if self.kind != "csr":
+            csr = MaskLayout.from_mask(self.to_mask(), "csr").to(self.device)
+            return csr.to_csr(csr.pack(self.unpack(values)))
+        ok = isinstance(values, torch.Tensor) and values.shape == self.values_shape
+        require(ok, "values", f"tensor {list(self.values_shape)}", describe(values))
+        ptr, idx, perm = self.by_output
+        entries = values if perm is None else values[perm.long()]
+        return torch.sparse_csr_tensor(ptr, idx.long(), entries, size=(self.out_features, self.in_features))
+
+    def to_scipy(self, values: torch.Tensor):
+        """As a ``scipy.sparse.csr_array``."""
+        from scipy.sparse import csr_array
+
+        csr = self.to_csr(values.detach()).cpu()
+        parts = (csr.values(), csr.col_indices(), csr.crow_indices())
+        return csr_array(tuple(part.numpy() for part in parts), shape=tuple(csr.shape))
+
+    def __repr__(self) -> str:
+        kind = self.kind
+        if kind == "block":
+            kind = f"{self.blocks.nnz_blocks} blocks {' x '.join(map(str, self.blocks.block_shape))}"
+        return (
+            f"MaskLayout({self.out_features} x {self.in_features}, {kind}, {self.nnz} survivors,"
+            f" density {self.density:.3f})"
+        )
+
+
+def choose_kind(mask: torch.Tensor, block_shape: tuple[int, int] | None = None) -> tuple[str, tuple[int, int] | None]:
+    """The kind that runs fastest for a bool mask ``[out, in]``, by a fixed rule of measured crossovers, and its blocks.
+
+    ``block`` if the mask is exactly a union of whole blocks (32 x 32, else 16 x 16, or ``block_shape`` alone) of density
+    below ``BLOCK_CROSSOVER``; ``csr`` below ``CSR_CROSSOVER``; ``dense`` above.
+    """
+    density = int(mask.sum()) / mask.numel()
+    if 0 < density < BLOCK_CROSSOVER:
+        for shape in ((32, 32), (16, 16)) if block_shape is None else (block_shape,):
+            if _is_union_of_blocks(mask, shape):
+                return "block", shape
+    return ("csr", None) if density < CSR_CROSSOVER else ("dense", None)
+
+
+def _is_union_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> bool:
+    return _elements(BlockLayout.from_dense(mask, block_shape)) == int(mask.sum())
+
+
+def _elements(blocks: BlockLayout) -> int:
+    """Elements of the weight that the blocks hold; a ragged block has fewer."""
+    return round(blocks.density * blocks.out_features * blocks.in_features)
+
+
+def _check_mask(mask: object, shape: tuple[int, ...]) -> None:
+    ok = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == shape
+    require(ok, "mask", f"bool tensor {list(shape)}", describe(mask))

@@ -1,0 +1,205 @@
+// Unstructured sparse products, written once for every vector width. The batch is the vector axis: inputs are packed to
+// panels [features][width], so that a non-zero of the weight multiplies whole vectors and nothing is gathered.
+//
+// product:  the output of one weight row over a panel stays in registers over the row's non-zeros; L rows make a tile
+//           that is transposed back to [batch, outputs].
+// sampled:  one panel row of a stays in registers over the row's non-zeros; L of them are summed across lanes at once.
+//
+// A panel that is one batch row wide is that row itself. One element is always summed by one thread in the same order
+// (the row's non-zeros; or panels, then lanes), so results do not depend on the number of threads.
+#pragma once
+
+#include "../kernels.h"
+#include "../shuffle.h"
+#include "../simd.h"
+
+namespace {
+
+using namespace compsparse;
+
+// Lanes of T in the widest vector, and vectors across a full panel.
+template <typename T, int MaxLanes_, int MaxVectors_>
+struct Target {
+  static constexpr int MaxLanes = MaxLanes_;
+  static constexpr int MaxVectors = MaxVectors_;
+  static constexpr int MinLanes = 16 / sizeof(T);
+  static constexpr int64_t PanelRows = MaxLanes * MaxVectors;
+};
+
+// Whole vectors, or the narrowest vector that holds all rows.
+template <typename T, class Target>
+int64_t panel_width(int64_t rows) {
+  if (rows == 1) return 1;
+  int64_t lanes = Target::MaxLanes;
+  while (lanes > Target::MinLanes && rows <= lanes / 2) lanes /= 2;
+  return min64(round_up(rows, lanes), Target::PanelRows);
+}
+
+// Calls the body made for a panel of this width: visit.template operator()<L, R>() with R vectors of L lanes.
+template <typename T, class Target, int L = Target::MaxLanes, int R = Target::MaxVectors, class Visit>
+COMPSPARSE_INLINE void with_width(int64_t width, const Visit& visit) {
+  if (width == L * R) return visit.template operator()<L, R>();
+  if constexpr (R > 1)
+    with_width<T, Target, L, R - 1>(width, visit);
+  else if constexpr (L > Target::MinLanes)
+    with_width<T, Target, L / 2, 1>(width, visit);
+}
+
+// ------------------------------------------------------------------------------------------------------------- pack
+
+// A square of L batch rows and L features: rows [0, rows) of x become columns of the panel.
+template <typename T, int L>
+COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width,
+                                   T* panel) {
+  Vec<T, L> v[L];
+  if (rows >= L && features >= L) {
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(x + i * stride);
+  } else {
+    for (int i = 0; i < L; ++i) v[i] = i < rows ? load_partial<T, L>(x + i * stride, features) : Vec<T, L>{};
+  }
+  transpose<T, L>(v);
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) if (i < features) store<T, L>(panel + i * width, v[i]);
+}
+
+// Features of `rows` batch rows of x, rows `stride` apart, to a panel; lanes without a batch row are zero.
+template <typename T, class Target>
+void pack(const T* x, int64_t stride, int64_t rows, Range features, T* panel) {
+  const int64_t width = panel_width<T, Target>(rows);
+  with_width<T, Target>(width, [&]<int L, int R>() {
+    for (int64_t f = features.begin; f < features.end; f += L)
+      for (int64_t n = 0; n < R * L; n += L)
+        pack_square<T, L>(x + n * stride + f, stride, rows - n, features.end - f, R * L, panel + f * R * L + n);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------- product
+
+// out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Two at a time hide the latency of the FMA.
+template <typename T, int L, int R>
+COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* idx, int64_t count, T start, T* out) {
+  constexpr int64_t Width = L * R;
+  Vec<T, L> even[R], odd[R] = {};
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] = Vec<T, L>{} + start;
+  int64_t p = 0;
+  for (; p + 2 <= count; p += 2) {
+    const T* first = panel + idx[p] * Width;
+    const T* second = panel + idx[p + 1] * Width;
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] += load<T, L>(first + r * L) * values[p];
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) odd[r] += load<T, L>(second + r * L) * values[p + 1];
+  }
+  if (p < count) {
+    const T* last = panel + idx[p] * Width;
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) even[r] += load<T, L>(last + r * L) * values[p];
+  }
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<T, L>(out + r * L, even[r] + odd[r]);
+}
+
+// tile [L outputs][width] -> y [valid batch rows][outputs]
+template <typename T, int L>
+void unpack_tile(const T* tile, int64_t width, int64_t valid, int64_t outputs, int64_t stride, T* y) {
+  for (int64_t n = 0; n < valid; n += L) {
+    Vec<T, L> v[L];
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(tile + i * width + n);
+    transpose<T, L>(v);
+    T* rows = y + n * stride;
+    if (valid - n >= L && outputs == L) {
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(rows + i * stride, v[i]);
+    } else {
+      for (int64_t i = 0; i < L && i < valid - n; ++i) store_partial<T, L>(rows + i * stride, v[i], outputs);
+    }
+  }
+}
+
+template <typename T, int L, int R>
+void product_panel(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows) {
+  alignas(64) T tile[L * L * R] = {};
+  for (int64_t row = rows.begin, end; row < rows.end; row = end) {
+    end = min64(round_up(row + 1, L), rows.end);  // tiles begin at multiples of L, as cache lines of y do
+    for (int64_t r = row; r < end; ++r)
+      sum_row<T, L, R>(panel, p.values + p.ptr[r], p.idx + p.ptr[r], p.ptr[r + 1] - p.ptr[r], p.bias ? p.bias[r] : T(0),
+                       tile + (r - row) * L * R);
+    unpack_tile<T, L>(tile, L * R, batch.end - batch.begin, end - row, p.out_features,
+                      p.y + batch.begin * p.out_features + row);
+  }
+}
+
+// One batch row: scalar loads are faster than gathers, four sums hide the latency.
+template <typename T>
+void product_single(const MaskedProduct<T>& p, const T* x, int64_t n, Range rows) {
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    T sum[4] = {p.bias ? p.bias[r] : T(0), 0, 0, 0};
+    int64_t e = p.ptr[r];
+    for (; e + 4 <= p.ptr[r + 1]; e += 4)
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) sum[i] += p.values[e + i] * x[p.idx[e + i]];
+    for (; e < p.ptr[r + 1]; ++e) sum[0] += p.values[e] * x[p.idx[e]];
+    p.y[n * p.out_features + r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+}
+
+template <typename T, class Target>
+void product(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows) {
+  const int64_t width = panel_width<T, Target>(batch.end - batch.begin);
+  if (width == 1) return product_single<T>(p, panel, batch.begin, rows);
+  with_width<T, Target>(width, [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
+}
+
+// ---------------------------------------------------------------------------------------------------------- sampled
+
+template <typename T, int L, int R>
+COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) {
+  Vec<T, L> sum = a[0] * load<T, L>(b);
+  COMPSPARSE_UNROLL for (int r = 1; r < R; ++r) sum += a[r] * load<T, L>(b + r * L);
+  return sum;
+}
+
+// Products of a with `Count` panel rows, summed to L / Count lanes each. With `Ragged` only the first `count` exist.
+template <typename T, int L, int R, int Count, bool Ragged>
+COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const int32_t* idx, int64_t count) {
+  if constexpr (Count == 1) {
+    return multiply_lanes<T, L, R>(a, panel + idx[0] * (L * R));
+  } else {
+    constexpr int Half = Count / 2;
+    const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);
+    Vec<T, L> second = {};
+    if (!Ragged || count > Half) second = dots<T, L, R, Half, Ragged>(a, panel, idx + Half, count - Half);
+    return fold<T, L, L / Half>(first, second);
+  }
+}
+
+template <typename T, int L, int R>
+void sampled_panel(const SampledValues<T>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    Vec<T, L> a[R];
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) a[r] = load<T, L>(a_panel + (row * R + r) * L);
+    const int64_t end = s.ptr[row + 1];
+    int64_t p = s.ptr[row];
+    for (; p + L <= end; p += L) {
+      const Vec<T, L> sums = dots<T, L, R, L, false>(a, b_panel, s.idx + p, L);
+      store<T, L>(s.values + p, add ? load<T, L>(s.values + p) + sums : sums);
+    }
+    if (p == end) continue;
+    const Vec<T, L> sums = dots<T, L, R, L, true>(a, b_panel, s.idx + p, end - p);
+    store_partial<T, L>(s.values + p, add ? load_partial<T, L>(s.values + p, end - p) + sums : sums, end - p);
+  }
+}
+
+template <typename T>
+void sampled_single(const SampledValues<T>& s, const T* a, const T* b, bool add, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    for (int64_t p = s.ptr[row]; p < s.ptr[row + 1]; ++p)
+      s.values[p] = (add ? s.values[p] : T(0)) + a[row] * b[s.idx[p]];
+}
+
+template <typename T, class Target>
+void sampled(const SampledValues<T>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows) {
+  const int64_t width = panel_width<T, Target>(batch_rows);
+  if (width == 1) return sampled_single<T>(s, a_panel, b_panel, add, rows);
+  with_width<T, Target>(width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
+}
+
+template <typename T, class Target>
+constexpr MaskedKernels<T> masked_kernels() {
+  return {Target::PanelRows, panel_width<T, Target>, pack<T, Target>, product<T, Target>, sampled<T, Target>};
+}
+
+}  // namespace
