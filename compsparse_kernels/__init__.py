@@ -1,10 +1,18 @@
 """Sparse kernels for PyTorch that train and infer: block-sparse DAG layers, pruned nets, thresholded attention."""
 
 from compsparse_kernels._version import __version__
-from compsparse_kernels.layouts import BlockLayout, MaskLayout
-from compsparse_kernels.ops import block_sparse_linear, explain, masked_linear, sampled_block_matmul, sampled_matmul
+from compsparse_kernels.layouts import AttentionSupport, BlockLayout, MaskLayout
+from compsparse_kernels.ops import (
+    block_sparse_linear,
+    explain,
+    masked_linear,
+    sampled_block_matmul,
+    sampled_matmul,
+    threshold_attention,
+)
 
 __all__ = [
+    "AttentionSupport",
     "BlockLayout",
     "MaskLayout",
     "__version__",
@@ -13,4 +21,5 @@ __all__ = [
     "masked_linear",
     "sampled_block_matmul",
     "sampled_matmul",
+    "threshold_attention",
 ]

@@ -2,5 +2,6 @@
 
 from compsparse_kernels.layouts.block import BlockLayout, BlockOrder
 from compsparse_kernels.layouts.mask import MaskLayout, MaskOrder
+from compsparse_kernels.layouts.support import AttentionSupport
 
-__all__ = ["BlockLayout", "BlockOrder", "MaskLayout", "MaskOrder"]
+__all__ = ["AttentionSupport", "BlockLayout", "BlockOrder", "MaskLayout", "MaskOrder"]

@@ -3,8 +3,9 @@
 from compsparse_kernels.ops.backends import cpu_isa, explain
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
 from compsparse_kernels.ops.masked_linear import masked_linear, sampled_matmul
+from compsparse_kernels.ops.threshold_attention import threshold_attention
 
-OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul")
+OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul", "threshold_attention")
 
 __all__ = [
     "OPS",
@@ -14,4 +15,5 @@ __all__ = [
     "masked_linear",
     "sampled_block_matmul",
     "sampled_matmul",
+    "threshold_attention",
 ]

@@ -1,0 +1,184 @@
+// What threshold attention needs beyond csrc/cpu/simd.h: horizontal sums, comparison to bits, compaction, exp, and sums
+// over gathered rows.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../simd.h"
+
+namespace {
+
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L / 2> lower_half(Vec<T, L> v) {
+  if constexpr (L == 16) return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (L == 8) return __builtin_shufflevector(v, v, 0, 1, 2, 3);
+  if constexpr (L == 4) return __builtin_shufflevector(v, v, 0, 1);
+  if constexpr (L == 2) return __builtin_shufflevector(v, v, 0);
+}
+
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L / 2> upper_half(Vec<T, L> v) {
+  if constexpr (L == 16) return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  if constexpr (L == 8) return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  if constexpr (L == 4) return __builtin_shufflevector(v, v, 2, 3);
+  if constexpr (L == 2) return __builtin_shufflevector(v, v, 1);
+}
+
+// A fixed tree: lane i is added to lane i + L / 2.
+template <typename T, int L>
+COMPSPARSE_INLINE T sum_lanes(Vec<T, L> v) {
+  if constexpr (L == 1)
+    return v[0];
+  else
+    return sum_lanes<T, L / 2>(lower_half<T, L>(v) + upper_half<T, L>(v));
+}
+
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> larger(Vec<T, L> a, Vec<T, L> b) {
+  return a > b ? a : b;
+}
+
+template <typename T, int L>
+COMPSPARSE_INLINE T max_lanes(Vec<T, L> v) {
+  if constexpr (L == 1)
+    return v[0];
+  else
+    return max_lanes<T, L / 2>(larger<T, L / 2>(lower_half<T, L>(v), upper_half<T, L>(v)));
+}
+
+// Bit i is set unless v[i] < bound: so for NaN it is.
+template <typename T, int L>
+COMPSPARSE_INLINE uint32_t not_below(Vec<T, L> v, T bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLT_UQ);
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8)
+    return _mm512_cmp_pd_mask((__m512d)v, _mm512_set1_pd(bound), _CMP_NLT_UQ);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(T) * L == 32 && sizeof(T) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLT_UQ));
+  if constexpr (sizeof(T) * L == 32 && sizeof(T) == 8)
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_set1_pd(bound), _CMP_NLT_UQ));
+#endif
+  uint32_t bits = 0;
+  for (int i = 0; i < L; ++i) bits |= uint32_t(!(v[i] < bound)) << i;
+  return bits;
+}
+
+// Writes the lanes whose bit is set, and returns how many; up to L elements of `to` are overwritten.
+template <typename T, int L>
+COMPSPARSE_INLINE int64_t compress(Vec<T, L> v, uint32_t bits, T* to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64) {
+    if constexpr (sizeof(T) == 4)
+      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, (__m512)v));
+    else
+      _mm512_storeu_pd(to, _mm512_maskz_compress_pd(bits, (__m512d)v));
+    return __builtin_popcount(bits);
+  }
+#endif
+  int64_t n = 0;
+  for (; bits; bits &= bits - 1) to[n++] = v[__builtin_ctz(bits)];
+  return n;
+}
+
+// The same for column numbers first + lane.
+template <int L>
+COMPSPARSE_INLINE void compress_columns(int32_t first, uint32_t bits, int32_t* to) {
+#if defined(__AVX512F__)
+  if constexpr (L <= 16) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(bits, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
+    return;
+  }
+#endif
+  for (; bits; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
+}
+
+template <typename T>
+struct ExpConstants;
+
+// ln2_high has so few bits that its product with an exponent is exact; `shifter` rounds to an integer by being added;
+// the Taylor polynomial of |r| <= log(2) / 2 ends below half a unit in the last place.
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int terms = 7, mantissa_bits = 23, exponent_bias = 127;
+  static constexpr float lowest = -104.0f, shifter = 12582912.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int terms = 13, mantissa_bits = 52, exponent_bias = 1023;
+  static constexpr double lowest = -746.0, shifter = 6755399441055744.0;
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+};
+
+// e^x for x <= 0 (a little above is fine), gradual underflow included; about one unit in the last place.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> exp_negative(Vec<T, L> x) {
+  using C = ExpConstants<T>;
+  using Ints = Vec<typename C::Int, L>;
+  x = x < C::lowest ? Vec<T, L>{} + C::lowest : x;
+  const Vec<T, L> shifted = x * T(1.44269504088896340736) + C::shifter, n = shifted - C::shifter;
+  const Vec<T, L> r = x - n * C::ln2_high - n * C::ln2_low;
+  T factorial = 1;
+  T inverse[C::terms + 1] = {1};
+  COMPSPARSE_UNROLL for (int k = 1; k <= C::terms; ++k) inverse[k] = 1 / (factorial *= T(k));
+  Vec<T, L> p = Vec<T, L>{} + inverse[C::terms];
+  COMPSPARSE_UNROLL for (int k = C::terms - 1; k >= 0; --k) p = p * r + inverse[k];
+  const Ints exponent = (Ints)shifted - (Ints)(Vec<T, L>{} + C::shifter), half = exponent >> 1;
+  const auto power_of_two = [](Ints e) { return (Vec<T, L>)((e + C::exponent_bias) << C::mantissa_bits); };
+  return p * power_of_two(half) * power_of_two(exponent - half);
+}
+
+// to[0..width) = factor * sum over e of weights[e] * rows[columns[e]], added in the order of e.
+template <typename T, int L, int C>
+COMPSPARSE_INLINE void gather_sum_chunk(const T* rows, int64_t stride, const int32_t* columns, const T* weights,
+                                        int64_t count, T factor, T* to) {
+  Vec<T, L> acc[C] = {};
+  for (int64_t e = 0; e < count; ++e) {
+    const T* row = rows + columns[e] * stride;
+    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[c] += load<T, L>(row + c * L) * weights[e];
+  }
+  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) store<T, L>(to + c * L, acc[c] * factor);
+}
+
+template <typename T, int L, int C>
+void gather_sum(const T* rows, int64_t stride, int64_t width, const int32_t* columns, const T* weights, int64_t count,
+                T factor, T* to) {
+  int64_t d = 0;
+  for (; d + C * L <= width; d += C * L)
+    gather_sum_chunk<T, L, C>(rows + d, stride, columns, weights, count, factor, to + d);
+  if (d == width) return;
+  if constexpr (C > 1)
+    gather_sum<T, L, C / 2>(rows + d, stride, width - d, columns, weights, count, factor, to + d);
+  else if constexpr (L > 1)
+    gather_sum<T, L / 2, 1>(rows + d, stride, width - d, columns, weights, count, factor, to + d);
+}
+
+// dots[e] = x . rows[columns[e]]
+template <typename T, int L>
+COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
+  Vec<T, L> acc = {};
+  int64_t d = 0;
+  for (; d + L <= width; d += L) acc += load<T, L>(a + d) * load<T, L>(b + d);
+  T sum = sum_lanes<T, L>(acc);
+  for (; d < width; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+// to[0..width) += factor * x
+template <typename T, int L>
+COMPSPARSE_INLINE void add_scaled(const T* x, T factor, int64_t width, T* to) {
+  int64_t d = 0;
+  for (; d + L <= width; d += L) store<T, L>(to + d, load<T, L>(to + d) + load<T, L>(x + d) * factor);
+  for (; d < width; ++d) to[d] += x[d] * factor;
+}
+
+}  // namespace
