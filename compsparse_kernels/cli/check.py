@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -57,8 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
                 rows += check_case(case, dtype)
                 progress.advance(task)
     failed = [row for row in rows if not row["ok"]]
-    result = {"ok": not failed, "machine": describe_machine(), "rows": rows}
+    backends = {op: next(name for name, state in explain(op).items() if state == "runs") for op in OPS}
+    result = {"ok": not failed, "machine": describe_machine(), "backends": backends, "rows": rows}
     console.print(_summary(rows))
+    console.print("run by: " + ", ".join(f"{op} {backend}" for op, backend in backends.items()), style="dim")
     for row in failed:
         console.print(f"[red]wrong[/] {row['op']}, {row['dtype']}, {row['quantity']}, {row['case']}: {row['reason']}")
     verdict = f"[red]{len(failed)} wrong[/]" if failed else "[green]all right[/]"
@@ -107,22 +109,23 @@ def _output_and_gradients(function, inputs: dict, dtype: torch.dtype, absolute: 
 
 
 def _summary(rows: list[dict]) -> Table:
-    table = Table("op", "backend", "dtype", "quantity", title="largest error over all shapes", title_justify="left")
-    for heading in ("max error", "budget", "comparisons"):
+    table = Table("op", "dtype", title="largest error over all shapes", title_justify="left")
+    for heading in ("output", "budget", "gradients", "budget", "compared"):
         table.add_column(heading, justify="right")
     table.add_column("")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["dtype"], row["quantity"]), []).append(row)
-    for (op, dtype, quantity), group in groups.items():
-        backend = next(name for name, state in explain(op).items() if state == "runs")
-        errors = [row["error"] for row in group if row["error"] is not None]
-        used = [row["budget_used"] for row in group if row["budget_used"] is not None]
-        table.add_row(
-            *(op, backend, dtype, quantity),
-            f"{max(errors):.1e}" if errors else "-",
-            f"{max(used):.0%}" if used else "-",
-            str(len(group)),
-            "[green]ok[/]" if all(row["ok"] for row in group) else "[red]wrong[/]",
-        )
+        groups.setdefault((row["op"], row["dtype"]), []).append(row)
+    for (op, dtype), group in groups.items():
+        output = _largest(row for row in group if row["quantity"] == "output")
+        gradients = _largest(row for row in group if row["quantity"].startswith("grad"))
+        verdict = "[green]ok[/]" if all(row["ok"] for row in group) else "[red]wrong[/]"
+        table.add_row(op, dtype, *output, *gradients, str(len(group)), verdict)
     return table
+
+
+def _largest(rows: Iterable[dict]) -> tuple[str, str]:
+    rows = list(rows)
+    if not rows:
+        return "-", "-"
+    return f"{max(row['error'] for row in rows):.1e}", f"{max(row['budget_used'] for row in rows):.0%}"
