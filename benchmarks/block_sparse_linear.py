@@ -45,11 +45,15 @@ def _against_dense(shape: tuple, density: float) -> Iterator[Entry]:
 def _entry(direction: str, shape: tuple, block: int, density: float, peer: str, suites: dict) -> Entry:
     make = partial(_backward_case if direction == "forward+backward" else _forward_case, *shape, block, density, peer)
     batch, in_features, out_features = shape
-    return Entry(OP, f"block {block}", f"({batch}, {in_features}->{out_features})", density, direction, peer, make, suites)
+    return Entry(
+        OP, f"block {block}", f"({batch}, {in_features}->{out_features})", density, direction, peer, make, suites
+    )
 
 
 def _inputs(batch: int, in_features: int, out_features: int, block: int, density: float):
-    layout = BlockLayout.from_mask(mask_of_density(out_features // block, in_features // block, density), (block, block))
+    layout = BlockLayout.from_mask(
+        mask_of_density(out_features // block, in_features // block, density), (block, block)
+    )
     x, bias = torch.randn(batch, in_features), torch.randn(out_features)
     return layout, x, layout.pack(torch.randn(out_features, in_features)), bias
 

@@ -1,4 +1,4 @@
-"""``check``: every op against its float64 reference on this machine, with a budget that dense torch's own error sets."""
+"""``check``: every op against its float64 reference on this machine; dense torch's own error sets the budget."""
 
 import argparse
 import time

@@ -21,7 +21,11 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, default=Path("compsparse_report"), help="where the report goes (%(default)s)"
+        "--report",
+        metavar="DIR",
+        type=Path,
+        default=Path("compsparse_report"),
+        help="where the report goes (%(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers as JSON to FILE too")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of weights and batches (%(default)s)")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+WIDTH_OF_FILES = 120
+
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -17,8 +19,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def console_for(json_target: str | None) -> Console:
-    """Standard output, or standard error where standard output carries JSON."""
-    return Console(stderr=json_target == "-")
+    """Standard output, or standard error where standard output carries JSON; files and pipes get whole tables."""
+    console = Console(stderr=json_target == "-")
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_FILES)
+    return console
 
 
 def write_json(result: dict, json_target: str | None) -> None:
