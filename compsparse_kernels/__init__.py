@@ -1,7 +1,9 @@
 """Sparse kernels for PyTorch that train and infer: block-sparse DAG layers, pruned nets, thresholded attention."""
 
+from compsparse_kernels import prune
 from compsparse_kernels._version import __version__
 from compsparse_kernels.layouts import AttentionSupport, BlockLayout, MaskLayout
+from compsparse_kernels.nn import MaskedLinear, SparseDAGLinear, ThresholdAttention
 from compsparse_kernels.ops import (
     block_sparse_linear,
     explain,
@@ -15,10 +17,14 @@ __all__ = [
     "AttentionSupport",
     "BlockLayout",
     "MaskLayout",
+    "MaskedLinear",
+    "SparseDAGLinear",
+    "ThresholdAttention",
     "__version__",
     "block_sparse_linear",
     "explain",
     "masked_linear",
+    "prune",
     "sampled_block_matmul",
     "sampled_matmul",
     "threshold_attention",

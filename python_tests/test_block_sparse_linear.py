@@ -46,7 +46,7 @@ def ours_linear(layout, activation=None):
 def magnitudes(layout, activation):
     """On absolute inputs, what one rounding of each result is relative to.
 
-    Rounding z moves the derivative of a smooth activation by act''(z) dz, |act''| < 1: one more factor z in the gradients.
+    Rounding z moves the derivative of a smooth activation by act''(z) dz, |act''| < 1: gradients get one more factor z.
     """
     linear = dense_linear(layout)
 

@@ -22,6 +22,12 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
 
 
+def autocasts(tensor: object) -> bool:
+    """Is autocast on where this tensor lies? (The meta device has none, and says so with an error.)"""
+    is_real = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
+    return is_real and torch.is_autocast_enabled(tensor.device.type)
+
+
 def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Half precision to float32, what kernels under autocast compute in; everything else as it is."""
     if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):

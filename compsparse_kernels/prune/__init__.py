@@ -1,0 +1,6 @@
+"""Pruning: which weights survive (masks by layer name), and models whose layers store only those."""
+
+from compsparse_kernels.prune.convert import convert, to_dense
+from compsparse_kernels.prune.magnitude import magnitude_masks
+
+__all__ = ["convert", "magnitude_masks", "to_dense"]
