@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compsparse_kernels import ops
-from compsparse_kernels.cli import bench, build_parser, check, main
+from compsparse_kernels.cli import bench, build_parser, check, demo, main
 from compsparse_kernels.cli.cases import all_cases
 from compsparse_kernels.ops import OPS
 from compsparse_kernels.testing import run_in_subprocess
@@ -156,6 +156,37 @@ def test_wrong_arguments_exit_2(argv, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+def fake_demo(code):
+    def run(report_dir, seed, json_path, quick):
+        print("a table")
+        if json_path is not None:
+            json_path.write_text(json.dumps({"seed": seed, "quick": quick}))
+        return code
+
+    return run
+
+
+def test_demo_gets_its_options(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "run", fake_demo(0))
+    path = tmp_path / "demo.json"
+    assert main(["demo", "--report", str(tmp_path), "--json", str(path), "--seed", "7"]) == 0
+    assert json.loads(path.read_text()) == {"seed": 7, "quick": False}
+    assert capsys.readouterr().out == "a table\n"
+
+
+def test_demo_writes_json_alone_to_standard_output(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "run", fake_demo(0))
+    assert main(["demo", "--report", str(tmp_path), "--json", "-", "--quick"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"seed": 0, "quick": True} and captured.err == "a table\n"
+
+
+def test_demo_hands_on_its_exit_code(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "run", fake_demo(2))
+    assert main(["demo", "--report", str(tmp_path), "--json", "-"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_bench_without_the_suite_says_where_it_is(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--suite", "quick"]) == 2
@@ -163,10 +194,10 @@ def test_bench_without_the_suite_says_where_it_is(monkeypatch, capsys):
 
 
 def test_interrupt_is_one_line(monkeypatch, capsys):
-    def interrupted(arguments):
+    def interrupted(case, dtype):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "check_case", lambda case, dtype: interrupted(None))
+    monkeypatch.setattr(check, "check_case", interrupted)
     assert main(["check"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 

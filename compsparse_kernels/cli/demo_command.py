@@ -1,7 +1,11 @@
 """``demo``: options of the demonstration in :mod:`compsparse_kernels.cli.demo`, which is imported only when it runs."""
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
+
+from compsparse_kernels.cli.output import add_json_option
 
 EXAMPLES = """examples:
   python -m compsparse_kernels demo                              report in compsparse_report/
@@ -27,7 +31,7 @@ def add_parser(subparsers) -> None:
         default=Path("compsparse_report"),
         help="where the report goes (%(default)s)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers as JSON to FILE too")
+    add_json_option(parser)
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of weights and batches (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less data and fewer steps: shows that it runs, no more")
     parser.set_defaults(run=run)
@@ -36,4 +40,12 @@ def add_parser(subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from compsparse_kernels.cli import demo
 
-    return demo.run(arguments.report, arguments.seed, arguments.json, arguments.quick)
+    if arguments.json != "-":
+        json_path = None if arguments.json is None else Path(arguments.json)
+        return demo.run(arguments.report, arguments.seed, json_path, arguments.quick)
+    numbers = arguments.report / "numbers.json"
+    with contextlib.redirect_stdout(sys.stderr):
+        code = demo.run(arguments.report, arguments.seed, numbers, arguments.quick)
+    if code == 0:
+        sys.stdout.write(numbers.read_text(encoding="utf-8"))
+    return code
