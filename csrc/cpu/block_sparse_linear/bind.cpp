@@ -9,6 +9,7 @@
 #include "../kernels.h"
 #include "../partition.h"
 #include "../scratch.h"
+#include "../tensors.h"
 
 namespace compsparse {
 namespace {
@@ -45,9 +46,9 @@ void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, 
 Tensor block_sparse_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& ptr,
                            const Tensor& idx, const Tensor& slot, int64_t out_features, bool transposed,
                            std::string activation) {
-  const Tensor input = torch::stable::contiguous(x), weights = torch::stable::contiguous(values);
+  const Tensor input = as_contiguous(x), weights = as_contiguous(values);
   std::optional<Tensor> offset;
-  if (bias) offset = torch::stable::contiguous(*bias);
+  if (bias) offset = as_contiguous(*bias);
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
     const BlockProduct<T> p = {
@@ -106,7 +107,7 @@ void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const 
 
 Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx, const Tensor& slot,
                             int64_t num_slots, bool shared, int64_t block_out, int64_t block_in) {
-  const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
+  const Tensor left = as_contiguous(a), right = as_contiguous(b);
   Tensor values = torch::stable::new_empty(a, {num_slots, block_out, block_in});
   const int64_t num_entries = idx.size(0);
   Tensor entries = shared ? torch::stable::new_empty(a, {num_entries, block_out, block_in}) : values;

@@ -10,6 +10,7 @@
 #include "../kernels.h"
 #include "../partition.h"
 #include "../scratch.h"
+#include "../tensors.h"
 
 namespace compsparse {
 namespace {
@@ -114,9 +115,9 @@ std::unique_ptr<T[]> ordered_values(const Tensor& values, const Tensor& perm) {
 
 Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& ptr,
                      const Tensor& idx, const std::optional<Tensor>& perm, int64_t out_features) {
-  const Tensor input = torch::stable::contiguous(x), weights = torch::stable::contiguous(values);
+  const Tensor input = as_contiguous(x), weights = as_contiguous(values);
   std::optional<Tensor> offset;
-  if (bias) offset = torch::stable::contiguous(*bias);
+  if (bias) offset = as_contiguous(*bias);
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const std::unique_ptr<T[]> ordered = perm ? ordered_values<T>(weights, *perm) : nullptr;
@@ -157,7 +158,7 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>&
 }
 
 Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx) {
-  const Tensor left = torch::stable::contiguous(a), right = torch::stable::contiguous(b);
+  const Tensor left = as_contiguous(a), right = as_contiguous(b);
   Tensor values = torch::stable::new_empty(a, {idx.size(0)});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const SampledValues<T> s = {
