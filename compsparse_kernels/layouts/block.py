@@ -104,9 +104,7 @@ class BlockLayout:
         ):
             features = blocks * size if given is None else given
             check_positive_int(name, features)
-            require(
-                -(-features // size) == blocks, name, f"{blocks} blocks of {size}, the last perhaps ragged", features
-            )
+            require(-(-features // size) == blocks, name, f"{blocks} blocks of {size}, the last perhaps ragged", features)
             shape.append(features)
         ptr, idx = index.compress(np.ascontiguousarray(block_mask.cpu().numpy()))
         return cls(*shape, tuple(block_shape), _own_slots(torch.from_numpy(ptr), torch.from_numpy(idx)))

@@ -17,9 +17,7 @@ def describe(value: object) -> str:
 
 def check_bool_matrix(argument: str, value: object) -> None:
     ok = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 2
-    require(
-        ok, argument, "2-D bool tensor", describe(value), ValueError if isinstance(value, torch.Tensor) else TypeError
-    )
+    require(ok, argument, "2-D bool tensor", describe(value), ValueError if isinstance(value, torch.Tensor) else TypeError)
 
 
 def check_positive_int(argument: str, value: object, most: int | None = None) -> None:

@@ -15,9 +15,7 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
 def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """The same dtype and device as another argument."""
     if tensor.dtype != other.dtype:
-        require(
-            False, name, f"{str(other.dtype).removeprefix('torch.')}, like {other_name}", describe(tensor), TypeError
-        )
+        require(False, name, f"{str(other.dtype).removeprefix('torch.')}, like {other_name}", describe(tensor), TypeError)
     if tensor.device != other.device:
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
 
