@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compsparse_kernels import AttentionSupport, explain, threshold_attention
+from compsparse_kernels import explain, threshold_attention
 from compsparse_kernels.ops.backends import cpu_isa
 
 RULES = [("relative", 0.05), ("relative", 0.5), ("relative", 1.0), ("absolute", 0.5)]
@@ -59,7 +59,7 @@ def dense(tensors, mask, bias, options):
 
 
 def dense_errors(tensors, mask, bias, options):
-    """Largest errors of dense torch in float32; in float64, where nothing exact is at hand, those times the units' ratio."""
+    """Largest errors of dense torch in float32; in float64, where nothing exact is at hand, those scaled down."""
     narrow = [tensor.float() for tensor in tensors]
     pairs = zip(
         dense(narrow, mask, bias, options), dense([t.double() for t in narrow], mask, bias, options), strict=True
@@ -72,7 +72,9 @@ def check(tensors, bias=None, **options):
     """Support equal to the reference's; errors within twice dense torch's, plus one rounding of the largest value."""
     out, support, grads = run(tensors, bias, **options)
     wide_bias = bias.double() if bias is not None and bias.is_floating_point() else bias
-    exact_out, exact_support, exact_grads = run([t.double() for t in tensors], wide_bias, backend="reference", **options)
+    exact_out, exact_support, exact_grads = run(
+        [t.double() for t in tensors], wide_bias, backend="reference", **options
+    )
     mask = exact_support.to_mask()
     assert torch.equal(support.to_mask(), mask)
     exact = (exact_out, *exact_grads)
@@ -123,7 +125,9 @@ def test_grouped_queries(heads, kv_heads):
     check(make(2, heads, 33, 40, 16, kv_heads=kv_heads), threshold=0.1, enable_gqa=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 33, 40), (1, 4, 33, 40), (4, 1, 40), (33, 1), (40,), (2, 1, 1, 40), (1, 4, 1, 40)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 33, 40), (1, 4, 33, 40), (4, 1, 40), (33, 1), (40,), (2, 1, 1, 40), (1, 4, 1, 40)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_bias(shape, dtype):
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -312,9 +316,7 @@ def test_scores_next_to_the_threshold_are_decided_exactly(offset):
     exact = (query.double() @ key.double().mT / 16).flatten()
     for j in (3, 100, 299):
         threshold = exact[j].item() + offset
-        _, support = threshold_attention(
-            query, key, key, threshold=threshold, rule="absolute", return_support=True
-        )
+        _, support = threshold_attention(query, key, key, threshold=threshold, rule="absolute", return_support=True)
         assert torch.equal(support.to_mask().flatten(), exact >= threshold)
 
 
@@ -502,9 +504,8 @@ def op_arguments(transposed=False, bias=None, padding=None, rule="relative"):
 )
 def test_opcheck(arguments):
     ops = torch.ops.compsparse
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.threshold_attention.default, arguments)
-    torch.library.opcheck(ops.threshold_attention_support.default, arguments, test_utils=tests)
+    torch.library.opcheck(ops.threshold_attention_support.default, arguments)
     out, *support = ops.threshold_attention_support(*arguments)
     backward = (torch.randn_like(out), *arguments[:3], *support, 0.7)
     torch.library.opcheck(ops.threshold_attention_backward.default, backward)
@@ -568,83 +569,3 @@ def test_fallback_backward_matches():
     ours = torch.ops.compsparse.threshold_attention_backward(*backward)
     for a, b in zip(ours, reference.threshold_attention_backward(*backward), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# ---- errors
-
-
-Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 6, 8)
-T = {"threshold": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "options", "error", "message"),
-    [
-        (([], K, V), T, TypeError, "query: expected tensor [..., heads, tokens, width], got list"),
-        ((Q[0, 0, 0], K, V), T, ValueError, "query: expected tensor [..., heads, tokens, width], got 1-D float32 tensor"),
-        ((Q, K[0], V), T, ValueError, "key: expected 4-D tensor, like query, got 3-D"),
-        ((Q, K, None), T, TypeError, "value: expected 4-D tensor, like query, got NoneType"),
-        ((Q, K.double(), V), T, TypeError, "key: expected float32, like query, got 4-D float64"),
-        ((Q.half(), K.half(), V.half()), T, TypeError, "query: expected float32 or float64, got 4-D float16"),
-        ((Q, K[:1], V), T, ValueError, "key: expected leading dimensions [2], like query"),
-        ((Q, K[:, :2], V[:, :2]), T, ValueError, "key: expected 4 heads, like query (or enable_gqa=True), got 2"),
-        ((Q, K[:, :3], V[:, :3]), T | {"enable_gqa": True}, ValueError, "key: expected a divisor of 4 heads, got 3"),
-        ((Q, K[..., :7], V), T, ValueError, "key: expected width 8, like query"),
-        ((Q[..., :0], K[..., :0], V), T, ValueError, "query: expected a width of at least 1"),
-        ((Q, K, V[:, :, :5]), T, ValueError, "value: expected tensor [2, 4, 6, 'any width'], like key"),
-        ((Q, K, V), {"threshold": 0.0}, ValueError, "threshold: expected a number in (0, 1] (rule 'relative'), got 0.0"),
-        ((Q, K, V), {"threshold": 1.5}, ValueError, "threshold: expected a number in (0, 1]"),
-        ((Q, K, V), {"threshold": "1"}, TypeError, "threshold: expected a number, got str"),
-        ((Q, K, V), {"threshold": float("nan"), "rule": "absolute"}, ValueError, "threshold: expected a finite number"),
-        ((Q, K, V), T | {"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
-        ((Q, K, V), T | {"scale": True}, TypeError, "scale: expected a number, got bool"),
-        ((Q, K, V), T | {"rule": "topk"}, ValueError, "rule: expected one of relative, absolute, got 'topk'"),
-        ((Q, K, V), T | {"weights": "rectified"}, ValueError, "weights: expected one of softmax, got 'rectified'"),
-        ((Q, K, V), T | {"attn_bias": torch.zeros(5, 5)}, ValueError, "attn_bias: expected tensor broadcastable to [2, 4"),
-        ((Q, K, V), T | {"attn_bias": torch.zeros(6).double()}, TypeError, "attn_bias: expected float32, like query"),
-        ((Q, K, V), T | {"attn_bias": 3}, ValueError, "attn_bias: expected tensor broadcastable to [2, 4, 5, 6], got int"),
-        ((Q, K, V), T | {"key_padding_mask": torch.zeros(2, 6)}, ValueError, "key_padding_mask: expected bool tensor [2, 6]"),
-        ((Q, K, V), T | {"key_padding_mask": torch.zeros(6, 2) > 0}, ValueError, "key_padding_mask: expected bool tensor"),
-        ((Q, K, V), T | {"backend": "gpu"}, ValueError, "backend: expected one of cpu, reference or None, got 'gpu'"),
-    ],
-)
-def test_errors(tensors, options, error, message):
-    with pytest.raises(error) as raised:
-        threshold_attention(*tensors, **options)
-    assert message in str(raised.value)
-
-
-def test_errors_of_devices():
-    meta = torch.zeros(6, device="meta")
-    for options, name in (
-        ({"attn_bias": meta > 0}, "attn_bias"),
-        ({"attn_bias": meta}, "attn_bias"),
-        ({"key_padding_mask": meta.expand(2, 6) > 0}, "key_padding_mask"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu, like query, got one on meta"):
-            threshold_attention(Q, K, V, threshold=0.1, **options)
-    with pytest.raises(ValueError, match="key: expected a tensor on cpu, like query"):
-        threshold_attention(Q, K.to("meta"), V, threshold=0.1)
-
-
-PTR, IDX, W = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]).int(), torch.ones(3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((PTR, IDX, W, [1, 1, 2, 4]), TypeError, "shape: expected a tuple (B, H, Tq, Tk)"),
-        ((PTR, IDX, W, (1, 1, -2, 4)), ValueError, "shape: Tq: expected a positive int, got -2"),
-        ((PTR.int(), IDX, W, (1, 1, 2, 4)), ValueError, "row_ptr: expected 1-D int64 tensor"),
-        ((PTR, IDX, W, (1, 1, 3, 4)), ValueError, "row_ptr: expected 4 offsets, got 3"),
-        ((PTR, IDX, W, (1, 1, 2, 2)), ValueError, "col_idx: expected values in 0..1"),
-        ((PTR, torch.tensor([2, 0, 1]).int(), W, (1, 1, 2, 4)), ValueError, "col_idx: expected strictly ascending values"),
-        ((PTR, IDX, W[:2], (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
-        ((PTR, IDX, W.int(), (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
-        ((PTR, IDX, W.to("meta"), (1, 1, 2, 4)), ValueError, "weights: expected a tensor on cpu, like row_ptr"),
-    ],
-)
-def test_errors_of_support(arguments, error, message):
-    with pytest.raises(error) as raised:
-        AttentionSupport(*arguments)
-    assert message in str(raised.value)

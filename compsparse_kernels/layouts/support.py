@@ -50,7 +50,9 @@ class AttentionSupport:
         ok = ok and self.weights.shape == self.col_idx.shape
         require(ok, "weights", f"float tensor [{len(self.col_idx)}]", describe(self.weights))
         devices = {tensor.device for tensor in (self.row_ptr, self.col_idx, self.weights)}
-        require(len(devices) == 1, "weights", f"a tensor on {self.row_ptr.device}, like row_ptr", sorted(map(str, devices)))
+        require(
+            len(devices) == 1, "weights", f"a tensor on {self.row_ptr.device}, like row_ptr", sorted(map(str, devices))
+        )
 
     @property
     def nnz(self) -> int:

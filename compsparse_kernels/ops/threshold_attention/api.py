@@ -43,7 +43,7 @@ def threshold_attention(
 
     - ``rule="relative"``: :math:`S_i = \{j : s_{ij} \ge \max_l s_{il} + \log(\mathrm{threshold})\}`, the keys with at
       least ``threshold`` times the weight of the strongest, ``0 < threshold <= 1``;
-    - ``rule="absolute"``: :math:`S_i = \{j : s_{ij} \ge \mathrm{threshold}\}`, which may be empty: output 0, gradient 0.
+    - ``rule="absolute"``: :math:`S_i = \{j : s_{ij} \ge \mathrm{threshold}\}`; it may be empty: output 0, gradient 0.
 
     The support is exact: that of exact arithmetic on the given numbers, but for scores within rounding of the threshold
     in double precision; keys with equal scores are kept or dropped together. All scores are computed, at the speed of a
@@ -51,13 +51,13 @@ def threshold_attention(
     nearly everything survives this is slower than ``F.scaled_dot_product_attention``.
 
     Args:
-        query, key, value: ``[B, H, Tq, D]``, ``[B, Hkv, Tk, D]``, ``[B, Hkv, Tk, Dv]``, float32 or float64; any number of
-            leading dimensions, as in ``F.scaled_dot_product_attention``.
+        query, key, value: ``[B, H, Tq, D]``, ``[B, Hkv, Tk, D]``, ``[B, Hkv, Tk, Dv]``, float32 or float64; any
+            number of leading dimensions, as in ``F.scaled_dot_product_attention``.
         threshold: a number; with ``rule="relative"`` in (0, 1].
         rule: ``"relative"`` or ``"absolute"``.
         weights: ``"softmax"``, renormalised over the support.
-        attn_bias: broadcastable to ``[B, H, Tq, Tk]``; added to the scores (dtype of ``query``, may want a gradient), or
-            bool, true where a query may attend. It is read through its strides and never expanded.
+        attn_bias: broadcastable to ``[B, H, Tq, Tk]``; added to the scores (dtype of ``query``, may want a gradient),
+            or bool, true where a query may attend. It is read through its strides and never expanded.
         key_padding_mask: bool ``[B, Tk]``, true where a key is ignored (as in ``nn.MultiheadAttention``); ``B`` is the
             product of the dimensions before the heads.
         is_causal: query ``i`` sees the keys ``j <= i``.
@@ -191,7 +191,9 @@ def _check_tensors(query, key, value, enable_gqa):
         ok = isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.dim() == query.dim()
         if not ok:
             wanted = "tensor [..., heads, tokens, width]" if tensor is query else f"{query.dim()}-D tensor, like query"
-            require(False, name, wanted, describe(tensor), ValueError if isinstance(tensor, torch.Tensor) else TypeError)
+            require(
+                False, name, wanted, describe(tensor), ValueError if isinstance(tensor, torch.Tensor) else TypeError
+            )
         check_same(name, tensor, "query", query)
     check_dtype("query", query)
     *batch, heads = query.shape[:-2] if query.dim() > 2 else (1,)

@@ -21,8 +21,7 @@ void score_gradient(const AttentionGradient<T>& g, const T* grad, const T* value
   const int32_t* columns = g.col_idx + entries.begin;
   const T* weights = g.weights + entries.begin;
   T* score_grad = g.score_grad + entries.begin;
-  for (int64_t e = 0; e < count; ++e)
-    score_grad[e] = dot<T, L>(grad, values + columns[e] * g.value.stride, g.size.value_width);
+  gather_dots<T, L>(values, g.value.stride, g.size.value_width, columns, count, grad, score_grad);
   const T mean = dot<T, L>(weights, score_grad, count);
   for (int64_t e = 0; e < count; ++e) score_grad[e] = weights[e] * (score_grad[e] - mean);
 }

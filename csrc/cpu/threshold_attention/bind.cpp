@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -84,7 +86,7 @@ bool keep_block(const AttentionScratch<T>& scratch, int64_t rows, int64_t* degre
   return true;
 }
 
-// A query block of one head. Blocks are dealt to the parts in turn: with a causal mask later ones cost more.
+// A query block of one head. Parts take the next one when they are ready: with a causal mask later ones cost more.
 struct QueryBlocks {
   int64_t heads, queries, block, per_head;
   QueryBlocks(const AttentionSizes& size, int64_t block)
@@ -134,9 +136,10 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, int64_t* de
   std::vector<Buffers<T>> buffers;
   for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size);
   std::vector<uint8_t> failed(parts, 0);
+  std::atomic<int64_t> next{0};
   for_each_part(parts, [&](int64_t part) {
     const AttentionScratch<T> scratch = buffers[part].scratch();
-    for (int64_t unit = part; unit < total; unit += parts) {
+    for (int64_t unit; (unit = next++) < total;) {
       const Range rows = units.rows(unit);
       const int64_t head = units.head(unit);
       kernel.forward(a, head / size.heads, head % size.heads, rows, scratch);
@@ -269,8 +272,9 @@ void run_backward(const AttentionKernels<T>& kernel, const AttentionGradient<T>&
   const int64_t in_cache = cache / (std::max(size.width, size.value_width) * int64_t(sizeof(T)));
   const int64_t range = std::clamp<int64_t>(std::min(in_cache, size.keys / (splits + 1)), 64, 1 << 20);
   const int64_t per_head = (size.keys + range - 1) / range;
-  for_each_part(parts, [&](int64_t part) {
-    for (int64_t unit = part; unit < kv_heads * per_head; unit += parts) {
+  std::atomic<int64_t> next{0};
+  for_each_part(parts, [&](int64_t) {
+    for (int64_t unit; (unit = next++) < kv_heads * per_head;) {
       const int64_t head = unit / per_head, begin = unit % per_head * range;
       kernel.backward_keys(g, head / size.kv_heads, head % size.kv_heads, {begin, std::min(begin + range, size.keys)});
     }

@@ -3,8 +3,9 @@
 // The screen computes x = fl(fl(sum_k fl(scale q_k) k_k) + bias) in T with unit roundoff u. With n = width + 4
 // roundings on any path and gamma = n u / (1 - n u), the standard bound for a sum of products in any order, and
 // Cauchy-Schwarz,
-//   |x - s| <= gamma |scale| |q| |k| + u |x| + (underflow: at most one smallest normal number a step)  =:  a + u |x|.
-// Norms are computed in double and rounded up. Scaling itself may overflow: then a is infinite or NaN, every comparison
+//   |x - s| <= gamma |scale| |q| |k| + u |x| + n (1 + |k|) (smallest normal number)  =:  a + u |x|;
+// the last term is for underflow, of which there is at most one smallest normal number a step, in a product or in a
+// scaled query. Norms are computed in double and rounded up. Where T overflows, a is infinite or NaN, every comparison
 // with it fails, and a key counts as undecided, never as dropped.
 #pragma once
 
@@ -57,10 +58,10 @@ class ScreenError {
  public:
   ScreenError() = default;
 
-  // `product` is at least |scale| |q| |k| for every key of the row.
-  ScreenError(double product, int64_t width) {
+  // Upper bounds of |scale| |q| and of |k| for every key of the row.
+  ScreenError(double query, double key, int64_t width) {
     const double n = double(width + 4) * Rounding<T>::unit;
-    absolute_ = n / (1 - n) * product + double(width + 4) * Rounding<T>::smallest_normal;
+    absolute_ = n / (1 - n) * query * key + double(width + 4) * Rounding<T>::smallest_normal * (1 + key);
   }
 
   // Below this screened score a key's exact score is certainly under c. Finite, so that masked keys (-inf) are under

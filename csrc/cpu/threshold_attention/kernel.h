@@ -249,10 +249,10 @@ void softmax(T* scores, int64_t count, T top) {
 template <typename T>
 QueryState<T> start_query(const Attention<T>& a, int64_t b, int64_t h, int64_t i, double largest_key, T* scaled) {
   const T* query = a.query.head(b, h) + i * a.query.stride;
-  for (int64_t d = 0; d < a.size.width; ++d) scaled[d] = T(a.scale) * query[d];
+  for (int64_t d = 0; d < a.size.width; ++d) scaled[d] = T(a.scale * query[d]);
   const int64_t visible = a.causal ? min64(i + 1, a.size.keys) : a.size.keys;
-  const double product = __builtin_fabs(a.scale) * norm_above(query, a.size.width) * largest_key;
-  return {b, h, i, visible, query, ScreenError<T>(product, a.size.width), T(-__builtin_inf())};
+  const double scaled_norm = __builtin_fabs(a.scale) * norm_above(query, a.size.width);
+  return {b, h, i, visible, query, ScreenError<T>(scaled_norm, largest_key, a.size.width), T(-__builtin_inf())};
 }
 
 // Candidates among the keys [first, end) for the queries of a block.

@@ -198,4 +198,23 @@ COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   return sum;
 }
 
+// dots[e] = x . rows[columns[e]]; several at a time, so that their chains of additions overlap.
+template <typename T, int L>
+void gather_dots(const T* rows, int64_t stride, int64_t width, const int32_t* columns, int64_t count, const T* x,
+                 T* dots) {
+  constexpr int Group = 4;
+  int64_t e = 0;
+  for (; e + Group <= count; e += Group) {
+    Vec<T, L> acc[Group] = {};
+    const T* row[Group];
+    COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) row[i] = rows + columns[e + i] * stride;
+    int64_t d = 0;
+    for (; d + L <= width; d += L)
+      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += load<T, L>(x + d) * load<T, L>(row[i] + d);
+    COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) dots[e + i] = sum_lanes<T, L>(acc[i]);
+    for (; d < width; ++d) COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) dots[e + i] += x[d] * row[i][d];
+  }
+  for (; e < count; ++e) dots[e] = dot<T, L>(x, rows + columns[e] * stride, width);
+}
+
 }  // namespace
