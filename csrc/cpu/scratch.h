@@ -3,23 +3,24 @@
 
 #include <stdint.h>
 
+#include <memory>
 #include <new>
 
 namespace compsparse {
 
+constexpr std::align_val_t kCacheLine{64};
+
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete(memory, kCacheLine); }
+};
+
 // Uninitialised, at a cache-line boundary: a vector load across two lines costs as much as two.
 template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
-  ~Scratch() { ::operator delete(data_, kLine); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+using Scratch = std::unique_ptr<T[], FreeAligned>;
 
- private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_;
-};
+template <typename T>
+Scratch<T> make_scratch(int64_t size) {
+  return Scratch<T>(static_cast<T*>(::operator new(size * sizeof(T), kCacheLine)));
+}
 
 }  // namespace compsparse

@@ -31,13 +31,13 @@ void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, 
   constexpr int64_t least_batch = 48;
   const int64_t entries = p.ptr[rows];
   const int64_t parts = parts_for(p.batch * (entries * p.block_in * p.block_out + p.out_features));
-  const Scratch<T> packed(entries * kernel.packed_entry_size(p));
+  const auto packed = make_scratch<T>(entries * kernel.packed_entry_size(p));
   if (kernel.packed_entry_size(p))
     for_each_part(parts,
                   [&](int64_t part) { kernel.pack_weights(p, equal_share(entries, part, parts), packed.get()); });
   const int64_t batch_parts = std::clamp<int64_t>(p.batch / least_batch, 1, parts), row_parts = parts / batch_parts;
   for_each_part(batch_parts * row_parts, [&](int64_t part) {
-    const Scratch<T> scratch(kernel.product_scratch(p));
+    const auto scratch = make_scratch<T>(kernel.product_scratch(p));
     kernel.product(p, packed.get(), balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts),
                    equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
   });
@@ -94,13 +94,13 @@ void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const 
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
   const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, width = kernel.panel_width(s.block_in);
-  const Scratch<T> panels(columns * s.batch * width);
+  const auto panels = make_scratch<T>(columns * s.batch * width);
   s.b_panels = panels.get();
   for_each_part(parts, [&](int64_t part) {
     kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
   });
   for_each_part(parts, [&](int64_t part) {
-    const Scratch<T> scratch(kernel.sampled_scratch(s));
+    const auto scratch = make_scratch<T>(kernel.sampled_scratch(s));
     kernel.sampled(s, balanced_rows(s.ptr, rows, 1, part, parts), scratch.get());
   });
 }

@@ -62,7 +62,7 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, T* packed) {
 template <typename T>
 void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
   const int64_t line = 64 / sizeof(T), stride = (panels.largest() + line - 1) / line * line;
-  const Scratch<T> scratch(parts * stride);
+  const auto scratch = make_scratch<T>(parts * stride);
   for_each_part(parts, [&](int64_t part) {
     T* const packed = scratch.get() + part * stride;
     const Range mine = equal_share(panels.count(), part, parts);
@@ -75,7 +75,7 @@ void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64
 
 template <typename T>
 void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
-  const Scratch<T> packed(panels.size());
+  const auto packed = make_scratch<T>(panels.size());
   for_each_part(parts, [&](int64_t part) { pack_all(panels, part, parts, packed.get()); });
   for_each_part(parts, [&](int64_t part) {
     const Range rows = balanced_rows(p.ptr, p.out_features, 1, part, parts);
@@ -142,7 +142,7 @@ template <typename T>
 void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>& s) {
   const int64_t nnz = s.ptr[s.out_features], parts = parts_for(s.batch * nnz);
   if (s.batch == 0) std::fill(s.values, s.values + nnz, T(0));
-  const Scratch<T> a_packed(a.size()), b_packed(b.size());
+  const auto a_packed = make_scratch<T>(a.size()), b_packed = make_scratch<T>(b.size());
   for_each_part(parts, [&](int64_t part) {
     pack_all(a, part, parts, a_packed.get());
     pack_all(b, part, parts, b_packed.get());

@@ -15,6 +15,7 @@
 
 #include "../kernels.h"
 #include "../partition.h"
+#include "../scratch.h"
 
 namespace compsparse {
 namespace {
@@ -46,8 +47,8 @@ void by_dtype(const Tensor& x, const Run& run) {
 template <typename T>
 struct Buffers {
   Buffers(const AttentionKernels<T>& kernel, const AttentionSizes& size)
-      : queries(new T[kernel.block_queries * size.width]),
-        scores(new T[kernel.block_queries * kernel.score_stride]),
+      : queries(make_scratch<T>(kernel.block_queries * size.width)),
+        scores(make_scratch<T>(kernel.block_queries * kernel.score_stride)),
         counts(new int64_t[kernel.block_queries]),
         columns(new int32_t[kernel.block_queries * (size.keys + kernel.slack)]),
         weights(new T[kernel.block_queries * (size.keys + kernel.slack)]),
@@ -57,7 +58,7 @@ struct Buffers {
     return {queries.get(), scores.get(), counts.get(), columns.get(), weights.get(), row_capacity};
   }
 
-  std::unique_ptr<T[]> queries, scores;
+  Scratch<T> queries, scores;
   std::unique_ptr<int64_t[]> counts;
   std::unique_ptr<int32_t[]> columns;
   std::unique_ptr<T[]> weights;
@@ -101,7 +102,7 @@ struct QueryBlocks {
 
 template <typename T>
 struct PackedKeys {
-  std::unique_ptr<T[]> keys;
+  Scratch<T> keys;
   std::unique_ptr<double[]> norms;
 };
 
@@ -110,8 +111,7 @@ PackedKeys<T> pack_keys(const AttentionKernels<T>& kernel, Attention<T>& a) {
   const AttentionSizes& size = a.size;
   const int64_t panels = (size.keys + kernel.panel_keys - 1) / kernel.panel_keys, heads = size.batch * size.kv_heads;
   const int64_t head_size = panels * kernel.panel_keys * size.width;
-  PackedKeys<T> packed = {std::unique_ptr<T[]>(new T[heads * head_size]),
-                          std::unique_ptr<double[]>(new double[heads * panels])};
+  PackedKeys<T> packed = {make_scratch<T>(heads * head_size), std::unique_ptr<double[]>(new double[heads * panels])};
   const int64_t parts = parts_for(heads * head_size);
   for_each_part(parts, [&](int64_t part) {
     for (int64_t head = 0; head < heads; ++head)
