@@ -30,7 +30,7 @@ def draw(result: dict, folder: Path) -> list[Path]:
 def _title(op: str, threads: int, machine: dict) -> str:
     commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
     return (
-        f"{op}: time of the peer / our time, {threads} threads\n{machine['processor']} ({machine['instruction_set']}),"
+        f"{op}: time of the peer / our time, {threads} thread{'s' * (threads > 1)}\n{machine['processor']} ({machine['instruction_set']}),"
         f" torch {machine['versions']['torch']}, {commit}"
     )
 
