@@ -30,8 +30,8 @@ def draw(result: dict, folder: Path) -> list[Path]:
 def _title(op: str, threads: int, machine: dict) -> str:
     commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
     return (
-        f"{op}: time of the peer / our time, {threads} threads\n{machine['processor']} ({machine['instruction_set']}),"
-        f" torch {machine['versions']['torch']}, {commit}"
+        f"{op}: time of the peer / our time, {threads} thread{'s' * (threads > 1)}\n"
+        f"{machine['processor']} ({machine['instruction_set']}), torch {machine['versions']['torch']}, {commit}"
     )
 
 

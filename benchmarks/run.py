@@ -3,6 +3,7 @@
 import argparse
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the suite. 0: measured; 1: some result was wrong; 130: stopped by Ctrl-C (what was measured is written)."""
     arguments = build_parser().parse_args(argv)
+    warnings.filterwarnings(
+        "ignore", message="Sparse (BSR|CSR) tensor support is in beta"
+    )  # it would tear the live table
     entries = select(arguments.suite, arguments.op)
     threads = arguments.threads or [torch.get_num_threads()]
     seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
