@@ -101,6 +101,7 @@ def write_html(path: Path, sections: Sequence[Section], environment: dict, digit
     """One file that needs nothing else: the figures are inside."""
     facts = " · ".join(f"{escape(name)} <b>{escape(str(value))}</b>" for name, value in environment.items())
     train, test = len(digits.train_y), len(digits.test_y)
+    error = 100 * (0.95 * 0.05 / test) ** 0.5  # binomial, in points
     body = "\n".join(_section_html(section) for section in sections)
     path.write_text(
         f"""<!doctype html>
@@ -111,8 +112,8 @@ def write_html(path: Path, sections: Sequence[Section], environment: dict, digit
 handwritten digits of MNIST ({train} for training, {test} for the test), in {seconds:.0f} seconds on this machine:</p>
 <p class="facts">{facts}</p></header>
 <section><h2>All numbers</h2>{_rows_html([(s.key, row) for s in sections for row in s.rows])}
-<p class="note">Times are medians over rounds in which both sides ran in turn; the verdict on a time is the median of the
-rounds' ratios. On {test} test digits, one standard error of an accuracy near 95 % is {100 * (0.95 * 0.05 / test) ** 0.5:.1f} points. What is
+<p class="note">Times are medians over rounds in which both sides ran in turn; the verdict on a time is the median of
+the rounds' ratios. On {test} test digits, one standard error of an accuracy near 95 % is {error:.1f} points. What is
 worse than the peer is printed in red.</p></section>
 {body}
 </main></body></html>
@@ -128,8 +129,9 @@ def _section_html(section: Section) -> str:
         f'{base64.b64encode(figure.png).decode()}"><figcaption>{escape(figure.caption)}</figcaption></figure>'
         for figure in section.figures
     )
-    title = f"({section.key}) {escape(section.title)}"
-    return f'<section id="{section.key}"><h2>{title}</h2>{text}{_rows_html([("", r) for r in section.rows])}{figures}</section>'
+    title = f"<h2>({section.key}) {escape(section.title)}</h2>"
+    rows = _rows_html([("", row) for row in section.rows])
+    return f'<section id="{section.key}">{title}{text}{rows}{figures}</section>'
 
 
 def _rows_html(rows: Sequence[tuple[str, Row]]) -> str:
@@ -149,7 +151,8 @@ _STYLE = """
 :root { --ink: #1d2330; --soft: #5c6577; --line: #dfe3ea; --worse: #b3261e; --better: #1b6e3c }
 body { margin: 0; background: #f5f6f8; color: var(--ink); font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .6rem 1.6rem 1.4rem; margin-top: 1.6rem }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px }
+section { padding: .6rem 1.6rem 1.4rem; margin-top: 1.6rem }
 h1 { font-size: 1.9rem; margin: .4rem 0 }
 h2 { font-size: 1.25rem }
 p { max-width: 46rem }
