@@ -48,8 +48,8 @@ py::tuple compress(const Array<bool>& mask) {
   return py::make_tuple(ptr, idx);
 }
 
-// The same pattern by columns: ptr int64 [columns + 1], idx int32 [nnz] (rows, ascending), and for each of its entries the
-// position in the row order, of type P.
+// The same pattern by columns: ptr int64 [columns + 1], idx int32 [nnz] (rows, ascending), and for each of its entries
+// the position in the row order, of type P.
 template <class P>
 py::tuple transpose(const Array<int64_t>& ptr, const Array<int32_t>& idx, int64_t columns) {
   const int64_t rows = ptr.shape(0) - 1, nnz = idx.shape(0);

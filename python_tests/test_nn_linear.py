@@ -51,6 +51,8 @@ def masked_dense(seed=0, **options):
 
 FACTORIES = (dag, dag_tied, masked, masked_block, masked_dense)
 every_layer = pytest.mark.parametrize("make", FACTORIES, ids=lambda f: f.__name__)
+# A tied weight has no dense twin that trains alike, and there is one such layout here.
+untied_layer = pytest.mark.parametrize("make", [f for f in FACTORIES if f is not dag_tied], ids=lambda f: f.__name__)
 
 
 def same_state(a, b):
@@ -136,16 +138,14 @@ def test_empty_pattern_gives_the_bias():
         assert torch.equal(y, layer.bias.expand(3, OUT)) and not x.grad.any()
 
 
-@every_layer
+@untied_layer
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_trains_in_lockstep_with_masked_dense(make, optimizer):
-    if make is dag_tied:
-        pytest.skip("a tied weight has no dense twin that trains alike")
     torch.manual_seed(0)
     layer = make(dtype=torch.float64)
     dense, mask = layer.to_linear(), layer.layout.to_mask()
     x, target = torch.randn(32, IN, dtype=torch.float64), torch.randn(32, OUT, dtype=torch.float64)
-    options = {"sgd": dict(lr=0.5, momentum=0.9), "adamw": dict(lr=1e-2, weight_decay=0.1)}[optimizer]
+    options = {"sgd": {"lr": 0.5, "momentum": 0.9}, "adamw": {"lr": 1e-2, "weight_decay": 0.1}}[optimizer]
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
     ours, theirs = (kind(module.parameters(), **options) for module in (layer, dense))
     for _ in range(50):
@@ -202,13 +202,13 @@ def test_own_state_dict(make):
     assert same_state(other.state_dict(), state)
 
 
-@pytest.mark.parametrize("make", [dag, masked, masked_block, masked_dense], ids=lambda f: f.__name__)
+@untied_layer
 def test_own_state_dict_with_another_pattern_is_adopted(make):
     layer, other = make(seed=0), make(seed=1)
     values = other.values
     other(torch.randn(2, IN)).sum().backward()
     assert other.load_state_dict(layer.state_dict()) == ([], [])
-    assert other.values is values and (values.grad is None or values.grad.shape == values.shape)
+    assert other.values is values and values.grad is None
     x = torch.randn(3, IN)
     assert torch.equal(other(x), layer(x)) and torch.equal(other.layout.to_mask(), layer.layout.to_mask())
     other(x).sum().backward()
@@ -262,10 +262,14 @@ def test_missing_and_unexpected_keys_are_told():
     with pytest.raises(RuntimeError, match="Missing key"):
         nn.Sequential(layer).load_state_dict({})
     bad = nn.Linear(IN, OUT).state_dict() | {"extra": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match="Unexpected key.*extra"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
         layer.load_state_dict(bad)
-    with pytest.raises(RuntimeError, match="Unexpected key.*bias"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias"):
         masked(bias=False).load_state_dict(nn.Linear(IN, OUT).state_dict())
+    other = masked(seed=1)
+    without_values = {name: value for name, value in layer.state_dict().items() if name != "values"}
+    with pytest.raises(RuntimeError, match="values: expected a tensor, since the pattern is another one, got NoneType"):
+        other.load_state_dict(without_values, strict=False)
     only_values = {"values": layer.values.detach() + 1, "bias": layer.bias.detach()}
     assert layer.load_state_dict(only_values, strict=False).unexpected_keys == []
     assert torch.equal(layer.values, only_values["values"])
@@ -281,7 +285,7 @@ def test_malformed_checkpoints_are_refused_and_change_nothing(make):
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(state)
     wrong = before | {name: before[name][:-1] for name in layer._pattern()}
-    with pytest.raises(RuntimeError, match="While loading inner: .*expected"):
+    with pytest.raises(RuntimeError, match=r"While loading inner: .*expected"):
         nn.ModuleDict({"inner": layer}).load_state_dict({f"inner.{name}": value for name, value in wrong.items()})
     assert same_state(layer.state_dict(), before)
 
@@ -402,17 +406,33 @@ BLOCKS = torch.ones(4, 4, dtype=torch.bool)
     [
         (lambda: SparseDAGLinear(0, 64, BLOCKS), ValueError, "in_features: expected a positive int, got 0"),
         (lambda: SparseDAGLinear(32, 6.5, BLOCKS), TypeError, "out_features: expected a positive int, got float"),
-        (lambda: SparseDAGLinear(32, 63, BLOCKS), ValueError, r"layout: expected a mask over equal blocks .*\[63, 32\]"),
+        (
+            lambda: SparseDAGLinear(32, 63, BLOCKS),
+            ValueError,
+            r"layout: expected a mask over equal blocks .*\[63, 32\]",
+        ),
         (lambda: SparseDAGLinear(1024, 64, BLOCKS), ValueError, r"layout: expected .*, got blocks of 16 by 256"),
-        (lambda: SparseDAGLinear(32, 64, BLOCKS.float()), ValueError, "layout: expected 2-D bool tensor, got 2-D float32"),
+        (
+            lambda: SparseDAGLinear(32, 64, BLOCKS.float()),
+            ValueError,
+            "layout: expected 2-D bool tensor, got 2-D float32",
+        ),
         (lambda: SparseDAGLinear(32, 64, "all"), TypeError, "layout: expected 2-D bool tensor, got str"),
-        (lambda: SparseDAGLinear(IN, OUT, tied_layout()), ValueError, "in_features: expected 20, as in the layout, got 24"),
+        (
+            lambda: SparseDAGLinear(IN, OUT, tied_layout()),
+            ValueError,
+            "in_features: expected 20, as in the layout, got 24",
+        ),
         (lambda: dag(activation="tanh"), ValueError, "activation: expected None, 'relu', 'gelu' or 'silu', got 'tanh'"),
         (lambda: SparseDAGLinear.from_linear(BLOCKS, BLOCKS), TypeError, "linear: expected nn.Linear, got Tensor"),
         (lambda: MaskedLinear(4, 5, BLOCKS), ValueError, "out_features: expected 4, as in the layout, got 5"),
         (lambda: MaskedLinear(4, 4, BLOCKS.int()), ValueError, "mask: expected 2-D bool tensor, got 2-D int32"),
         (lambda: MaskedLinear(4, 4, BLOCKS, kind="coo"), ValueError, "kind: expected"),
-        (lambda: MaskedLinear.from_linear(nn.Conv1d(1, 1, 1), BLOCKS), TypeError, "linear: expected nn.Linear, got Conv1d"),
+        (
+            lambda: MaskedLinear.from_linear(nn.Conv1d(1, 1, 1), BLOCKS),
+            TypeError,
+            "linear: expected nn.Linear, got Conv1d",
+        ),
         (lambda: dag()(torch.randn(3, IN + 1)), ValueError, r"x: expected tensor \[\.\.\., 24\]"),
         (lambda: masked()(torch.randn(3, IN + 1)), ValueError, r"x: expected"),
     ],

@@ -12,6 +12,7 @@ from compsparse_kernels.layouts import index
 from compsparse_kernels.layouts.checks import (
     check_bool_matrix,
     check_compressed,
+    check_integers,
     check_positive_int,
     describe,
     require,
@@ -21,8 +22,8 @@ LARGEST_BLOCK = 128
 
 
 class BlockOrder(NamedTuple):
-    """Entries in one order: row r of blocks holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] of blocks and
-    has the values of slot[p]."""
+    """Entries in one order: row r of blocks holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] of blocks
+    and has the values of slot[p]."""
 
     ptr: torch.Tensor  # int64 [block rows + 1]
     idx: torch.Tensor  # int32 [entries]
@@ -34,10 +35,11 @@ class BlockLayout:
     """Pattern of a block-sparse weight ``[out_features, in_features]`` (BSR, both orders, rectangular blocks).
 
     The weight is cut into blocks of ``block_shape = (block_out, block_in)``; the last row and column of blocks may be
-    ragged. Entry ``p`` of the pattern has its values in ``values[slot[p]]``, so entries may share a slot (weight tying).
-    Values have shape ``[num_slots, block_out, block_in]``; without sharing there are as many slots as entries.
+    ragged. Entry ``p`` of the pattern has its values in ``values[slot[p]]``, so entries may share a slot (weight
+    tying). Values have shape ``[num_slots, block_out, block_in]``; without sharing there are as many slots as entries.
 
-    Usually built by :meth:`from_mask`, :meth:`from_dense`, :meth:`from_entries`, :meth:`from_bsr` or :meth:`from_scipy`.
+    Usually built by :meth:`from_mask`, :meth:`from_dense`, :meth:`from_entries`, :meth:`from_bsr` or
+    :meth:`from_scipy`.
 
     Args:
         out_features, in_features: shape of the weight.
@@ -104,7 +106,9 @@ class BlockLayout:
         ):
             features = blocks * size if given is None else given
             check_positive_int(name, features)
-            require(-(-features // size) == blocks, name, f"{blocks} blocks of {size}, the last perhaps ragged", features)
+            require(
+                -(-features // size) == blocks, name, f"{blocks} blocks of {size}, the last perhaps ragged", features
+            )
             shape.append(features)
         ptr, idx = index.compress(np.ascontiguousarray(block_mask.cpu().numpy()))
         return cls(*shape, tuple(block_shape), _own_slots(torch.from_numpy(ptr), torch.from_numpy(idx)))
@@ -125,8 +129,7 @@ class BlockLayout:
         _check_block_shape(block_shape)
         grid = (-(-out_features // block_shape[0]), -(-in_features // block_shape[1]))
         for name, value, limit in (("rows", rows, grid[0]), ("columns", columns, grid[1])):
-            ok = isinstance(value, torch.Tensor) and value.dim() == 1 and not value.is_floating_point()
-            require(ok, name, "1-D integer tensor", describe(value))
+            check_integers(name, value)
             ok = len(value) == 0 or (int(value.min()) >= 0 and int(value.max()) < limit)
             require(ok, name, f"values in 0..{limit - 1}", value.tolist()[:8])
         require(len(rows) == len(columns), "columns", f"{len(rows)} values, as many as rows", len(columns))
@@ -135,7 +138,9 @@ class BlockLayout:
         if slot is None:
             by_output = _own_slots(ptr, idx)
         else:
+            check_integers("slot", slot)
             require(slot.shape == rows.shape, "slot", f"{len(rows)} values, as many as rows", describe(slot))
+            _check_slot_range(slot, len(rows))  # before int32 wraps
             by_output = BlockOrder(ptr, idx, slot.cpu()[torch.from_numpy(order)].to(torch.int32))
         return cls(out_features, in_features, tuple(block_shape), by_output)
 
@@ -281,8 +286,7 @@ class BlockLayout:
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``[num_slots, block_out, block_in]`` -> dense ``[out, in]``, zero outside the blocks."""
-        ok = isinstance(values, torch.Tensor) and values.shape == self.values_shape
-        require(ok, "values", f"tensor {list(self.values_shape)}", describe(values))
+        self._check_values(values)
         (block_out, block_in), (rows, columns) = self.block_shape, self.grid
         entries = values[self.by_output.slot.long()]
         if self.transposed:
@@ -292,14 +296,20 @@ class BlockLayout:
         dense = blocks.transpose(1, 2).reshape(rows * block_out, columns * block_in)
         return dense[: self.out_features, : self.in_features].contiguous()
 
+    def _check_values(self, values: torch.Tensor) -> None:
+        ok = isinstance(values, torch.Tensor) and values.shape == self.values_shape
+        require(ok, "values", f"tensor {list(self.values_shape)}", describe(values))
+
     def to_bsr(self, values: torch.Tensor) -> torch.Tensor:
         """As ``torch.sparse_bsr``; that format has whole blocks only."""
         whole = self.out_features % self.block_shape[0] == 0 and self.in_features % self.block_shape[1] == 0
         require(whole, "layout", "whole blocks (torch.sparse_bsr has no ragged ones)", self)
+        self._check_values(values)
         entries = values[self.by_output.slot.long()]
         ptr, idx, _ = self.by_output
+        entries = entries.mT if self.transposed else entries
         shape = (self.out_features, self.in_features)
-        return torch.sparse_bsr_tensor(ptr, idx.long(), entries.mT if self.transposed else entries, size=shape)
+        return torch.sparse_bsr_tensor(ptr, idx.long(), entries, size=shape, check_invariants=False)  # checked already
 
     def to_scipy(self, values: torch.Tensor):
         """As a ``scipy.sparse.bsr_array``."""
@@ -333,11 +343,17 @@ def _count_slots(slot: torch.Tensor, entries: int) -> int:
     require(ok, "slot", f"int32 tensor [{entries}]", describe(slot))
     if entries == 0:
         return 0
-    low, high = int(slot.min()), int(slot.max())
-    require(low >= 0 and high < entries, "slot", f"values in 0..{entries - 1}", f"{low}..{high}")
+    _check_slot_range(slot, entries)
+    high = int(slot.max())
     unused = int((torch.bincount(slot.long(), minlength=high + 1) == 0).sum())
     require(unused == 0, "slot", f"every number from 0 to the largest, {high}", f"{unused} of them unused")
     return high + 1
+
+
+def _check_slot_range(slot: torch.Tensor, entries: int) -> None:
+    if entries:
+        low, high = int(slot.min()), int(slot.max())
+        require(low >= 0 and high < entries, "slot", f"values in 0..{entries - 1}", f"{low}..{high}")
 
 
 def _check_block_shape(block_shape: object) -> None:

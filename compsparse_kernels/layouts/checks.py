@@ -17,7 +17,15 @@ def describe(value: object) -> str:
 
 def check_bool_matrix(argument: str, value: object) -> None:
     ok = isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 2
-    require(ok, argument, "2-D bool tensor", describe(value), ValueError if isinstance(value, torch.Tensor) else TypeError)
+    require(
+        ok, argument, "2-D bool tensor", describe(value), ValueError if isinstance(value, torch.Tensor) else TypeError
+    )
+
+
+def check_integers(argument: str, value: object) -> None:
+    ok = isinstance(value, torch.Tensor) and value.dim() == 1
+    ok = ok and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    require(ok, argument, "1-D integer tensor", describe(value))
 
 
 def check_positive_int(argument: str, value: object, most: int | None = None) -> None:
@@ -38,7 +46,7 @@ def check_compressed(ptr: torch.Tensor, idx: torch.Tensor, rows: int, columns: i
     if len(idx) == 0:
         return
     low, high = int(idx.min()), int(idx.max())
-    require(0 <= low and high < columns, names[1], f"values in 0..{columns - 1}", f"{low}..{high}")
+    require(low >= 0 and high < columns, names[1], f"values in 0..{columns - 1}", f"{low}..{high}")
     rises = idx[1:] > idx[:-1]
     starts = ptr[1:-1]
     starts = starts[(starts > 0) & (starts < len(idx))] - 1

@@ -28,8 +28,8 @@ CSR_CROSSOVER = 0.4
 
 
 class MaskOrder(NamedTuple):
-    """Survivors in one order: row r holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] and has the value of
-    perm[p], or of p itself where perm is None."""
+    """Survivors in one order: row r holds entries ptr[r]..ptr[r + 1]; entry p sits in column idx[p] and has the value
+    of perm[p], or of p itself where perm is None."""
 
     ptr: torch.Tensor  # int64 [rows + 1]
     idx: torch.Tensor  # int32 [nnz]
@@ -55,8 +55,8 @@ class MaskLayout:
     Args:
         out_features, in_features: shape of the weight.
         kind: ``"csr"``, ``"block"`` or ``"dense"``.
-        by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int32 ``[nnz]`` strictly ascending in
-            each row, and None. The order by input is derived.
+        by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int32 ``[nnz]`` strictly ascending
+            in each row, and None. The order by input is derived.
         blocks: for block, which blocks are stored; none shared.
         mask: bool, of the shape of the values: for dense which elements survive; for block the same, or None where all
             elements of the blocks do.
@@ -237,10 +237,15 @@ class MaskLayout:
                 object.__setattr__(other, name, getattr(self, name).to(device))
         return other
 
+    def masked(self, values: torch.Tensor) -> torch.Tensor:
+        """Values with zero where the mask drops, even if what is there is not finite; kind csr has no such places."""
+        return values if self.mask is None else torch.where(self.mask, values, values.new_zeros(()))
+
     # ---- dense weights in and out
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is dropped (zero in block and dense)."""
+        """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is zero there (block, dense) or not
+        stored (csr)."""
         shape = (self.out_features, self.in_features)
         ok = isinstance(weight, torch.Tensor) and weight.shape == shape
         require(ok, "weight", f"tensor {list(shape)}", describe(weight))
@@ -250,7 +255,7 @@ class MaskLayout:
             rows, columns = self.coordinates()
             return weight[rows, columns.long()]
         values = self.blocks.pack(weight) if self.kind == "block" else weight
-        return values.clone() if self.mask is None else values.masked_fill(~self.mask, 0)
+        return values.clone() if self.mask is None else self.masked(values)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Values of shape ``values_shape`` -> dense ``[out, in]``, zero where the mask drops."""
@@ -262,8 +267,7 @@ class MaskLayout:
             rows, columns = self.coordinates()
             dense = values.new_zeros(self.out_features, self.in_features)
             return dense.index_put((rows, columns.long()), values)
-        kept = values if self.mask is None else values.masked_fill(~self.mask, 0)
-        return self.blocks.unpack(kept) if self.kind == "block" else kept
+        return self.blocks.unpack(self.masked(values)) if self.kind == "block" else self.masked(values)
 
     def to_csr(self, values: torch.Tensor) -> torch.Tensor:
         """As ``torch.sparse_csr``, from any kind."""
@@ -274,7 +278,8 @@ class MaskLayout:
         require(ok, "values", f"tensor {list(self.values_shape)}", describe(values))
         ptr, idx, perm = self.by_output
         entries = values if perm is None else values[perm.long()]
-        return torch.sparse_csr_tensor(ptr, idx.long(), entries, size=(self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(ptr, idx.long(), entries, size=shape, check_invariants=False)
 
     def to_scipy(self, values: torch.Tensor):
         """As a ``scipy.sparse.csr_array``."""
@@ -295,7 +300,7 @@ class MaskLayout:
 
 
 def choose_kind(mask: torch.Tensor, block_shape: tuple[int, int] | None = None) -> tuple[str, tuple[int, int] | None]:
-    """The kind that runs fastest for a bool mask ``[out, in]``, by a fixed rule of measured crossovers, and its blocks.
+    """The kind that runs fastest for a mask ``[out, in]`` by a fixed rule of measured crossovers, and its blocks.
 
     ``block`` if the mask is exactly a union of whole blocks (32 x 32, else 16 x 16, or ``block_shape`` alone) of density
     below ``BLOCK_CROSSOVER``; ``csr`` below ``CSR_CROSSOVER``; ``dense`` above.

@@ -2,7 +2,6 @@
 
 from compsparse_kernels.nn.masked_linear import MaskedLinear
 from compsparse_kernels.nn.sparse_dag_linear import SparseDAGLinear
-
 from compsparse_kernels.nn.threshold_attention import ThresholdAttention
 
 __all__ = ["MaskedLinear", "SparseDAGLinear", "ThresholdAttention"]

@@ -12,7 +12,7 @@ KIND_OF_VALUES = {1: "csr", 2: "dense", 3: "block"}  # by their number of dimens
 
 
 class MaskedLinear(SparseLinear):
-    r"""Linear layer with a mask: :math:`y = x (W \odot M)^\top + b`, only W's entries in M stored, computed and trained.
+    r"""Linear layer of a pruned net: :math:`y = x (W \odot M)^\top + b`, W stored, computed and trained in M only.
 
     It trains as ``F.linear(x, W * M, b)`` does, at the cost of the entries that survive.
 
@@ -36,7 +36,7 @@ class MaskedLinear(SparseLinear):
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
 
-    Source: Poggio, "It is Compositional Sparsity: a framework for ML", section 5.1 (dense nets under sparsity pressure).
+    Source: Poggio, "It is Compositional Sparsity: a framework for ML", section 5.1 (sparsity pressure).
 
     Example:
         >>> import torch

@@ -8,8 +8,7 @@ from compsparse_kernels.layouts.block import LARGEST_BLOCK
 from compsparse_kernels.layouts.checks import check_bool_matrix, check_positive_int, require
 from compsparse_kernels.nn.sparse_linear import SparseLinear, block_layout_of, block_pattern
 from compsparse_kernels.ops import block_sparse_linear, sampled_block_matmul
-
-ACTIVATIONS = (None, "relu", "gelu", "silu")
+from compsparse_kernels.ops.block_sparse_linear.reference import ACTIVATIONS
 
 
 class SparseDAGLinear(SparseLinear):
@@ -65,7 +64,8 @@ class SparseDAGLinear(SparseLinear):
     ):
         check_positive_int("in_features", in_features)
         check_positive_int("out_features", out_features)
-        require(activation in ACTIVATIONS, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
+        known = activation is None or activation in ACTIVATIONS
+        require(known, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
         layout = _block_layout(layout, in_features, out_features)
         super().__init__(in_features, out_features, layout, bias, device, dtype)
         self.activation = activation
@@ -76,10 +76,6 @@ class SparseDAGLinear(SparseLinear):
     ) -> "SparseDAGLinear":
         """The blocks of a dense layer; what lies outside them is dropped."""
         return cls._copy_of(linear, layout, activation=activation)
-
-    def to_linear(self) -> nn.Linear:
-        """A dense ``nn.Linear`` with the same weight and bias; the activation, if any, is left to the caller."""
-        return super().to_linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""

@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """A dense ``nn.Linear`` with the same weight (zero outside the pattern) and bias."""
+        """A dense ``nn.Linear`` with the same weight (0 outside the pattern) and bias; an activation stays behind."""
         options = {"bias": self.bias is not None, "device": self.values.device, "dtype": self.values.dtype}
         linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, **options)
         with torch.no_grad():
@@ -135,7 +135,9 @@ class SparseLinear(nn.Module):
     def _adopt(self, pattern, values):
         """Take over a checkpoint's pattern; ``values`` gets its shape and stays the same Parameter."""
         mine = self._pattern()
-        same = mine.keys() == pattern.keys() and all(torch.equal(pattern[name].to(mine[name]), mine[name]) for name in mine)
+        same = mine.keys() == pattern.keys() and all(
+            torch.equal(pattern[name].to(mine[name]), mine[name]) for name in mine
+        )
         if same and (values is None or values.shape == self.values.shape):
             return
         ok = isinstance(values, torch.Tensor)
@@ -143,8 +145,8 @@ class SparseLinear(nn.Module):
         layout = self._layout_of({name: tensor.cpu() for name, tensor in pattern.items()}, values)
         wanted = f"tensor {list(layout.values_shape)}, as the pattern says"
         require(values.shape == layout.values_shape, "values", wanted, describe(values))
+        self.values.grad = None  # it belongs to the old pattern
         if layout.values_shape != self.layout.values_shape:
-            self.values.grad = None
             self.values.data = self.values.new_empty(layout.values_shape)
         self.layout = layout
         self._move_layout()

@@ -9,16 +9,15 @@ from torch import nn
 from compsparse_kernels.layouts import AttentionSupport
 from compsparse_kernels.layouts.checks import check_positive_int, describe, require
 from compsparse_kernels.ops import threshold_attention
-
-RULES = ("relative", "absolute")
+from compsparse_kernels.ops.threshold_attention.api import RULES
 
 
 class ThresholdAttention(nn.Module):
     r"""Multi-head attention over the keys that matter, exactly: a drop-in for ``nn.MultiheadAttention``.
 
-    Query i attends to key j where :math:`p_{ij} \ge \text{threshold} \cdot \max_j p_{ij}` (``rule="relative"``), or where
-    the score :math:`q_i \cdot k_j / \sqrt{d}` plus masks is at least ``threshold`` (``rule="absolute"``); the softmax runs
-    over these keys alone, and only they cost in the backward pass. At ``threshold -> 0`` (relative) it is
+    Query i attends to key j where :math:`p_{ij} \ge \text{threshold} \cdot \max_j p_{ij}` (``rule="relative"``), or
+    where the score :math:`q_i \cdot k_j / \sqrt{d}` plus masks is at least ``threshold`` (``rule="absolute"``); the
+    softmax runs over these keys alone, and only they cost in the backward pass. At ``threshold -> 0`` (relative) it is
     ``nn.MultiheadAttention``, with the same parameters, initialisation and state dict.
 
     Args:
@@ -116,14 +115,15 @@ class ThresholdAttention(nn.Module):
         require(mha.dropout == 0, "mha", wanted, mha.dropout)
         plain = mha.bias_k is None and not mha.add_zero_attn
         require(plain, "mha", "one without add_bias_kv and add_zero_attn", "one with")
-        options = {"kdim": mha.kdim, "vdim": mha.vdim, "batch_first": mha.batch_first, "threshold": threshold, "rule": rule}
-        return _copy_parameters(mha, cls, mha.embed_dim, mha.num_heads, bias=mha.in_proj_bias is not None, **options)
+        options = {"kdim": mha.kdim, "vdim": mha.vdim, "batch_first": mha.batch_first}
+        options |= {"bias": mha.in_proj_bias is not None, "threshold": threshold, "rule": rule}
+        return _copy_parameters(mha, cls, mha.embed_dim, mha.num_heads, **options)
 
     def to_multihead_attention(self) -> nn.MultiheadAttention:
         """The dense layer with a copy of the parameters: the limit of a relative threshold at 0."""
         options = {"kdim": self.kdim, "vdim": self.vdim, "batch_first": self.batch_first}
-        bias = self.in_proj_bias is not None
-        return _copy_parameters(self, nn.MultiheadAttention, self.embed_dim, self.num_heads, bias=bias, **options)
+        options["bias"] = self.in_proj_bias is not None
+        return _copy_parameters(self, nn.MultiheadAttention, self.embed_dim, self.num_heads, **options)
 
     # ---- attention
 
@@ -142,7 +142,7 @@ class ThresholdAttention(nn.Module):
 
         Args:
             query, key, value: what attends, what it is compared with, what is averaged.
-            key_padding_mask: ``[B, Tk]`` (``[Tk]`` unbatched): bool, True = ignore the key; or float, added to the scores.
+            key_padding_mask: ``[B, Tk]`` (``[Tk]`` unbatched): bool, True = ignore the key; or float, added to scores.
             need_weights: return the weights as a dense tensor too; False is faster.
             attn_mask: ``[Tq, Tk]`` or ``[B * num_heads, Tq, Tk]``: bool, True = may not attend; or float, added.
             average_attn_weights: the weights' mean over heads, or each head's.
@@ -231,7 +231,7 @@ class ThresholdAttention(nn.Module):
 
 
 def _masks(attn_mask, key_padding_mask, q, k, batched):
-    """The masks of ``nn.MultiheadAttention`` as those of the op: ``attn_bias`` (float, or True = may attend) and padding."""
+    """The masks of ``nn.MultiheadAttention`` as the op's: ``attn_bias`` (float, or True = may attend) and padding."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     bias = padding = None
     if attn_mask is not None:
@@ -255,14 +255,16 @@ def _masks(attn_mask, key_padding_mask, q, k, batched):
 def _check_mask(name, mask, shapes):
     ok = isinstance(mask, torch.Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
     ok = ok and tuple(mask.shape) in shapes
-    require(ok, name, f"bool or float tensor {' or '.join(str(list(shape)) for shape in shapes)}", describe(mask))
+    wanted = f"bool or float tensor {' or '.join(str(list(shape)) for shape in shapes)}"
+    require(ok, name, wanted, describe(mask), ValueError if isinstance(mask, torch.Tensor) else TypeError)
 
 
 def _check_threshold(threshold, rule):
     wanted = "a number in (0, 1]" if rule == "relative" else "a finite number"
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    ok = is_number and (0 < threshold <= 1 if rule == "relative" else math.isfinite(threshold))
-    require(ok, "threshold", wanted, repr(threshold))
+    require(is_number, "threshold", wanted, repr(threshold), TypeError)
+    ok = 0 < threshold <= 1 if rule == "relative" else math.isfinite(threshold)
+    require(ok, "threshold", wanted, threshold)
 
 
 def _copy_parameters(source, cls, *args, **options):

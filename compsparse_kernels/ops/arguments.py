@@ -15,9 +15,17 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
 def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """The same dtype and device as another argument."""
     if tensor.dtype != other.dtype:
-        require(False, name, f"{str(other.dtype).removeprefix('torch.')}, like {other_name}", describe(tensor), TypeError)
+        require(
+            False, name, f"{str(other.dtype).removeprefix('torch.')}, like {other_name}", describe(tensor), TypeError
+        )
     if tensor.device != other.device:
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
+
+
+def autocasts(tensor: object) -> bool:
+    """Is autocast on where this tensor lies? (The meta device has none, and says so with an error.)"""
+    is_real = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
+    return is_real and torch.is_autocast_enabled(tensor.device.type)
 
 
 def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:

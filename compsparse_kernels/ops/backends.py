@@ -44,7 +44,7 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     Example:
         >>> import torch
         >>> from compsparse_kernels import explain
-        >>> explain("masked_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
+        >>> explain("block_sparse_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
         'dtype float16 (has float32, float64)'
     """
     from compsparse_kernels.ops import OPS

@@ -13,9 +13,9 @@ from compsparse_kernels.prune.layers import prunable_layers
 def convert(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str = "auto") -> nn.Module:
     """Replace linear layers by :class:`MaskedLinear` layers that hold what the masks keep, in place.
 
-    The model then computes ``F.linear(x, W * M, b)`` in these layers. A layer that is a :class:`MaskedLinear` already is
-    stored anew on its mask (entries that it did not have start at 0). ``training`` and ``requires_grad`` are kept; hooks
-    on the replaced layers and the state of an optimizer made before are not.
+    The model then computes ``F.linear(x, W * M, b)`` in these layers. A layer that is a :class:`MaskedLinear` already
+    is stored anew on its mask (entries that it did not have start at 0). ``training`` and ``requires_grad`` are kept;
+    hooks on the replaced layers and the state of an optimizer made before are not.
 
     Args:
         model: any module; a linear layer itself is converted too, then use what is returned.

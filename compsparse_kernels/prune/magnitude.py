@@ -23,9 +23,9 @@ def magnitude_masks(
     r"""Masks that keep the weights of largest magnitude in the linear layers of a model.
 
     Of n weights, exactly ``n - round(sparsity * n)`` survive; of equal magnitudes the earlier ones (by layer, row,
-    column) do. In a :class:`MaskedLinear` all ``out * in`` weights count, and only those still stored compete: dead ones
-    stay dead, and a model that is already sparser than asked is returned as it is. So the rounds of iterative magnitude
-    pruning are calls with rising ``sparsity``.
+    column) do. In a :class:`MaskedLinear` all ``out * in`` weights count, and only those still stored compete: dead
+    ones stay dead, and what is sparser than asked already keeps its mask. So the rounds of iterative magnitude pruning
+    are calls with rising ``sparsity``.
 
     Args:
         model: its layers of type ``nn.Linear`` (not subclasses) and :class:`MaskedLinear` are pruned.
@@ -52,7 +52,8 @@ def magnitude_masks(
     """
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     is_number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    require(is_number and 0 <= sparsity < 1, "sparsity", "a number in [0, 1)", repr(sparsity))
+    require(is_number, "sparsity", "a number in [0, 1)", repr(sparsity), TypeError)
+    require(0 <= sparsity < 1, "sparsity", "a number in [0, 1)", sparsity)
     require(scope in SCOPES, "scope", "'global' or 'layer'", repr(scope))
     layers = _chosen(model, skip, include_last)
     magnitudes = {name: _magnitude(name, layer) for name, layer in layers.items()}
@@ -70,11 +71,12 @@ def _chosen(model, skip, include_last):
     if callable(skip):
         skipped = {name for name in names if skip(name, layers[name])}
     else:
-        require(not isinstance(skip, str), "skip", "a collection of names or a function", repr(skip), TypeError)
-        for wanted in skip:
-            known = any(_is_under(name, wanted) for name in names)
-            require(known, "skip", f"names of linear layers or of modules that hold them ({', '.join(names)})", repr(wanted))
-        skipped = {name for name in names if any(_is_under(name, wanted) for wanted in skip)}
+        is_collection = isinstance(skip, Collection) and not isinstance(skip, str)
+        require(is_collection, "skip", "a collection of names or a function", repr(skip), TypeError)
+        wanted = f"names of linear layers or of modules that hold them ({', '.join(names)})"
+        for module in skip:
+            require(any(_is_under(name, module) for name in names), "skip", wanted, repr(module))
+        skipped = {name for name in names if any(_is_under(name, module) for module in skip)}
     if not include_last:
         skipped.update(names[-1:])
     chosen = {name: layer for name, layer in layers.items() if name not in skipped}

@@ -16,7 +16,7 @@ struct Range {
   int64_t end;
 };
 
-// ---------------------------------------------------------------------------------------------- block_sparse_linear
+// block_sparse_linear
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
 // values are values[slot[p]], stored [block_out, block_in], or [block_in, block_out] where `transposed`.
@@ -38,11 +38,12 @@ struct BlockProduct {
   Activation activation;
 };
 
-// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out, block_in].
+// entries[p] = a[:, rows of block row r]^T b[:, columns of block column idx[p]], one block per entry, [block_out,
+// block_in].
 template <typename T>
 struct SampledBlocks {
   const T* a;         // [batch, out_features]
-  const T* b_panels;  // [block columns, batch, b_panel_width]: b packed by `pack_panels`, zero-padded
+  const T* b_panels;  // [block columns, batch, panel_width(block_in)], packed by `pack_panels`
   T* entries;         // [num_entries, block_out * block_in]
   const int64_t* ptr;
   const int32_t* idx;
@@ -55,12 +56,16 @@ struct SampledBlocks {
 
 template <typename T>
 struct BlockSparseKernels {
-  // Elements of scratch one call of `product` (`sampled`) over these block rows needs.
-  int64_t (*product_scratch)(const BlockProduct<T>&, Range rows);
-  void (*product)(const BlockProduct<T>&, Range rows, Range batch, T* scratch);
-  // Width of one packed row of a panel: block_in rounded up to whole vectors.
+  // Weights as the product reads them: `packed_entry_size` elements an entry, or 0 where it reads them as stored.
+  int64_t (*packed_entry_size)(const BlockProduct<T>&);
+  void (*pack_weights)(const BlockProduct<T>&, Range entries, T* packed);
+  // One call computes y[batch, rows]; its scratch has `product_scratch` elements.
+  int64_t (*product_scratch)(const BlockProduct<T>&);
+  void (*product)(const BlockProduct<T>&, const T* packed, Range rows, Range batch, T* scratch);
+  // Columns of blocks of b, one after another: [block columns, batch, panel_width(block_in)], zero-padded.
   int64_t (*panel_width)(int64_t block_in);
-  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, Range columns, T* panels);
+  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range batch_rows,
+                      T* panels);
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
   void (*sampled)(const SampledBlocks<T>&, Range rows, T* scratch);
 };
@@ -72,10 +77,10 @@ struct BlockSparseTable {
 
 extern const BlockSparseTable block_sparse_scalar, block_sparse_avx2, block_sparse_avx512;
 
-// --------------------------------------------------------------------------------------------------- masked_linear
+// masked_linear
 
-// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the
-// batch is the vector axis. A panel of width 1 is the batch row itself, and is not packed.
+// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that
+// the batch is the vector axis. A panel of width 1 is the batch row itself, and is not packed.
 
 // y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
 template <typename T>
@@ -110,7 +115,8 @@ struct MaskedKernels {
   // Outputs `rows` of the batch rows that the panel holds.
   void (*product)(const MaskedProduct<T>&, const T* panel, Range batch, Range rows);
   // One panel's share of the sums: stored, or added to what is there.
-  void (*sampled)(const SampledValues<T>&, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows);
+  void (*sampled)(const SampledValues<T>&, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add,
+                  Range rows);
 };
 
 struct MaskedTable {
@@ -120,7 +126,7 @@ struct MaskedTable {
 
 extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;
 
-// ---------------------------------------------------------------------------------------------- threshold_attention
+// threshold_attention
 
 // A tensor [batch, heads, tokens, width] read through its strides; only the last dimension is contiguous.
 template <typename T>
@@ -148,8 +154,8 @@ struct Attention {
   AttentionSizes size;
   Heads<const T> query, key, value;
   Heads<T> out;
-  const T* bias;         // float bias or null, strides in bias_strides (0 where it is broadcast)
-  const uint8_t* mask;   // bool bias (true = may attend) or null, same strides
+  const T* bias;        // float bias or null, strides in bias_strides (0 where it is broadcast)
+  const uint8_t* mask;  // bool bias (true = may attend) or null, same strides
   int64_t bias_strides[4];
   const uint8_t* padding;  // [batch, keys], true = no query sees this key; or null
   const T* packed_keys;    // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`
@@ -192,7 +198,7 @@ struct AttentionKernels {
   int64_t slack;  // elements that `forward` may write past a row's last candidate
   void (*pack_keys)(const Attention<T>&, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms);
   void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
-  void (*backward_rows)(const AttentionGradient<T>&, Range rows);  // score_grad, query_grad
+  void (*backward_rows)(const AttentionGradient<T>&, Range rows);                              // score_grad, query_grad
   void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys);  // key_grad, value_grad
 };
 
@@ -203,8 +209,6 @@ struct AttentionTable {
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
-// ------------------------------------------------------------------------------------------------------- dispatch
-
 // Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512.
 struct Kernels {
   const char* isa;
@@ -214,10 +218,5 @@ struct Kernels {
 };
 
 const Kernels& kernels();
-
-template <typename T>
-inline const T& by_dtype(const T* f32, const T* f64, bool is_double) {
-  return is_double ? *f64 : *f32;
-}
 
 }  // namespace compsparse

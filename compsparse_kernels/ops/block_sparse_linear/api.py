@@ -4,12 +4,14 @@ import torch
 
 from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import contract, reference  # noqa: F401  (contract defines the ops)
 
 _product = torch.ops.compsparse.block_sparse_linear.default
 _sampled = torch.ops.compsparse.sampled_block_matmul.default
+
+ACTIVATIONS = (None, "relu", "gelu", "silu")
 
 
 def block_sparse_linear(
@@ -34,8 +36,8 @@ def block_sparse_linear(
         backend: None lets torch's dispatcher choose; ``"cpu"`` or ``"reference"`` runs that one or says why not.
 
     Returns:
-        ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with the
-        same layout (:func:`sampled_block_matmul` for ``values``).
+        ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
+        the same layout (:func:`sampled_block_matmul` for ``values``).
 
     Under autocast the inputs are computed in float32 and the output has autocast's dtype, as with ``nn.Linear``.
 
@@ -51,7 +53,7 @@ def block_sparse_linear(
         >>> y.shape, torch.autograd.grad(y.sum(), values)[0].shape
         (torch.Size([5, 64]), torch.Size([4, 16, 8]))
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return _under_autocast(x, values, layout, bias, activation, backend)
     _check(x, values, layout, bias, activation)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -88,11 +90,13 @@ def sampled_block_matmul(a: torch.Tensor, b: torch.Tensor, layout: BlockLayout) 
         >>> torch.allclose(sampled_block_matmul(a, b, layout), layout.pack(a.T @ b), atol=1e-5)
         True
     """
+    _check_layout(layout)
     for name, tensor, features in (("a", a, layout.out_features), ("b", b, layout.in_features)):
         ok = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == features
         require(ok, name, f"2-D tensor [batch, {features}]", describe(tensor))
         check_same(name, tensor, "a", a)
     check_dtype("a", a)
+    _check_layout_device(layout, "a", a)
     require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
     if layout.transposed:
         a, b, layout = b, a, layout.T
@@ -170,8 +174,17 @@ def _under_autocast(x, values, layout, bias, activation, backend):
         return block_sparse_linear(x, values, layout, bias, activation, backend=backend).to(dtype)
 
 
-def _check(x, values, layout, bias, activation):
+def _check_layout(layout):
     require(isinstance(layout, BlockLayout), "layout", "BlockLayout", type(layout).__name__, TypeError)
+
+
+def _check_layout_device(layout, name, tensor):
+    if tensor.device != layout.device:
+        require(False, "layout", f"on {tensor.device}, like {name} (layout.to(device))", f"one on {layout.device}")
+
+
+def _check(x, values, layout, bias, activation):
+    _check_layout(layout)
     ok = isinstance(x, torch.Tensor) and x.dim() >= 1 and x.shape[-1] == layout.in_features
     if not ok:
         require(False, "x", f"tensor [..., {layout.in_features}]", describe(x))
@@ -183,7 +196,6 @@ def _check(x, values, layout, bias, activation):
         if tensor is not None:
             check_same(name, tensor, "x", x)
     check_dtype("x", x)
-    if x.device != layout.device:
-        require(False, "layout", f"on {x.device}, like x (layout.to(device))", f"one on {layout.device}")
-    if activation is not None and activation not in reference.ACTIVATIONS:
+    _check_layout_device(layout, "x", x)
+    if activation not in ACTIVATIONS:
         require(False, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))

@@ -1,7 +1,7 @@
 """Schemas, fakes and the fallback of the block-sparse ops. Constitution: all backends and tests change with it.
 
 ``compsparse::block_sparse_linear``    y = act(x W^T + b), x [batch, in] -> y [batch, out]
-``compsparse::sampled_block_matmul``   values[s] = sum over entries e with slot s of a[:, rows of e]^T b[:, columns of e]
+``compsparse::sampled_block_matmul``   values[s] = sum over entries e with slot s of a[:, rows(e)]^T b[:, columns(e)]
 
 One order of a :class:`BlockLayout` comes as (ptr, idx, slot). ``transposed``: values are stored [block_in, block_out].
 """

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
 from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
@@ -35,8 +35,8 @@ def masked_linear(
             ``kind="dense"`` is torch's own product under either name.
 
     Returns:
-        ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with the
-        same layout (:func:`sampled_matmul` for ``values``).
+        ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
+        the same layout (:func:`sampled_matmul` for ``values``).
 
     Under autocast the inputs are computed in float32 and the output has autocast's dtype, as with ``nn.Linear``.
 
@@ -53,15 +53,15 @@ def masked_linear(
         >>> torch.allclose(y, torch.nn.functional.linear(x, weight * mask), atol=1e-5)
         True
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return _under_autocast(x, values, layout, bias, backend)
     _check(x, values, layout, bias)
     if backend is not None:
         check_backend(backend, x)
     if layout.kind == "block":
-        return block_sparse_linear(x, _masked(values, layout), layout.blocks, bias, backend=backend)
+        return block_sparse_linear(x, layout.masked(values), layout.blocks, bias, backend=backend)
     if layout.kind == "dense":
-        weight = _masked(values, layout)
+        weight = layout.masked(values)
         return F.linear(x, weight.mT if layout.transposed else weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if backend == "reference":
@@ -95,16 +95,12 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
     """
     _check_sampled(a, b, layout)
     if layout.kind == "block":
-        return _masked(sampled_block_matmul(a, b, layout.blocks), layout)
+        return layout.masked(sampled_block_matmul(a, b, layout.blocks))
     if layout.transposed:
         a, b, layout = b, a, layout.T
     if layout.kind == "dense":
-        return _masked(a.mT @ b, layout)
+        return layout.masked(a.mT @ b)
     return _sampled_values(a, b, layout.by_output, layout.by_input)
-
-
-def _masked(values, layout):
-    return values if layout.mask is None else values * layout.mask
 
 
 def _linear(x, values, bias, order, other, out_features):

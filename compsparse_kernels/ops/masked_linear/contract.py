@@ -1,10 +1,11 @@
 """Schemas, fakes and the fallback of the masked ops. Constitution: all backends and tests change with it.
 
 ``compsparse::masked_linear``   y = x W^T + b, x [batch, in] -> y [batch, out], W in CSR
-``compsparse::sampled_matmul``  values[p] = sum over n of a[n, row of p] b[n, column of p], a [batch, out], b [batch, in]
+``compsparse::sampled_matmul``  values[p] = sum over n of a[n, row of p] b[n, column of p]
+                                for a [batch, out], b [batch, in]
 
-One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or ``values[p]``
-where perm is None. A sampled product is stored in the order of its entries, so it has no perm.
+One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or
+``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm.
 """
 
 import torch

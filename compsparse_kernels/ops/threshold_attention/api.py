@@ -99,7 +99,8 @@ def threshold_attention(
     if backend is not None:
         check_backend(backend, query)
     out, *arrays = _run(arguments, return_support, backend)
-    out = out.view(*leading, *out.shape[2:])
+    if len(leading) != 2:
+        out = out.view(*leading, *out.shape[2:])
     return (out, AttentionSupport(*arrays, shape)) if return_support else out
 
 
@@ -147,8 +148,9 @@ def _bias_grad(score_grad, row_ptr, col_idx, rows_shape, bias_shape):
     _, heads, queries = rows_shape
     start = rows // (heads * queries) * strides[0] + rows // queries % heads * strides[1] + rows % queries * strides[2]
     start = start.repeat_interleave(row_ptr.diff(), output_size=len(col_idx))
-    flat = score_grad.new_zeros(math.prod(bias_shape)).index_add(0, start + col_idx * strides[3], score_grad)
-    return flat.view(bias_shape)
+    flat = score_grad.new_zeros(math.prod(bias_shape), dtype=torch.float64)  # sums may be long
+    flat = flat.index_add(0, start + col_idx * strides[3], score_grad.double())
+    return flat.view(bias_shape).to(score_grad.dtype)
 
 
 def _under_autocast(query, key, value, attn_bias, **kwargs):

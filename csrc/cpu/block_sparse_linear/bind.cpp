@@ -24,17 +24,21 @@ Activation activation_from(const std::string& name) {
   return Activation::silu;
 }
 
-// Few block rows for the threads at hand: split the batch as well as the rows.
+// The batch is split first: its parts share nothing but the packed weights. Rows are split where the batch is short.
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
+  constexpr int64_t least_batch = 48;
   const int64_t entries = p.ptr[rows];
-  const int64_t work = p.batch * (entries * p.block_in * p.block_out + p.out_features);
-  const int64_t parts = parts_for(work);
-  const int64_t row_parts = rows >= 4 * parts ? parts : 1, batch_parts = parts / row_parts;
-  for_each_part(parts, [&](int64_t part) {
-    const Range mine = balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts);
-    const std::unique_ptr<T[]> scratch(new T[kernel.product_scratch(p, mine)]);
-    kernel.product(p, mine, equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
+  const int64_t parts = parts_for(p.batch * (entries * p.block_in * p.block_out + p.out_features));
+  const std::unique_ptr<T[]> packed(new T[entries * kernel.packed_entry_size(p)]);
+  if (kernel.packed_entry_size(p))
+    for_each_part(parts,
+                  [&](int64_t part) { kernel.pack_weights(p, equal_share(entries, part, parts), packed.get()); });
+  const int64_t batch_parts = std::clamp<int64_t>(p.batch / least_batch, 1, parts), row_parts = parts / batch_parts;
+  for_each_part(batch_parts * row_parts, [&](int64_t part) {
+    const std::unique_ptr<T[]> scratch(new T[kernel.product_scratch(p)]);
+    kernel.product(p, packed.get(), balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts),
+                   equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
   });
 }
 
@@ -87,11 +91,12 @@ void reduce_entries(const T* entries, const int32_t* slot, int64_t num_entries, 
 template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
-  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, parts = parts_for(work);
-  const std::unique_ptr<T[]> panels(new T[columns * s.batch * kernel.panel_width(s.block_in)]);
+  const int64_t parts = parts_for(work);
+  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, width = kernel.panel_width(s.block_in);
+  const std::unique_ptr<T[]> panels(new T[columns * s.batch * width]);
   s.b_panels = panels.get();
   for_each_part(parts, [&](int64_t part) {
-    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, equal_share(columns, part, parts), panels.get());
+    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
   });
   for_each_part(parts, [&](int64_t part) {
     const std::unique_ptr<T[]> scratch(new T[kernel.sampled_scratch(s)]);

@@ -11,13 +11,14 @@
 
 #include "../activations.h"
 #include "../kernels.h"
-#include "../simd.h"
+#include "../shuffle.h"
 
 namespace {
 
 using namespace compsparse;
 
-// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by side.
+// Registers one instruction set has: lanes of T in its widest vector, accumulators a tile may hold, vectors side by
+// side.
 template <typename T, int MaxLanes_, int Accumulators_, int MaxVectors_>
 struct Target {
   static constexpr int MaxLanes = MaxLanes_;
@@ -50,100 +51,6 @@ COMPSPARSE_INLINE void multiply_accumulate(const T* x, int64_t x_stride, const T
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------- product
-
-// One block row of W as the tiles read it: entry e's weights begin at base + offset(e), rows w_stride apart.
-template <typename T>
-struct PackedRow {
-  const T* base;
-  const int32_t* slot;  // null where entries lie one after another
-  int64_t entry_size;
-  int64_t w_stride;
-  const T* entry(int64_t e) const { return base + (slot ? slot[e] : e) * entry_size; }
-};
-
-template <typename T, int L, int R, int M>
-void product_tile(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, int64_t panel, int64_t n,
-                  int64_t valid) {
-  Vec<T, L> acc[M][R] = {};
-  const int64_t first = p.ptr[row], count = p.ptr[row + 1] - first;
-  for (int64_t e = 0; e < count; ++e) {
-    const int64_t column = p.idx[first + e] * p.block_in;
-    const int64_t depth = min64(p.block_in, p.in_features - column);
-    multiply_accumulate<T, L, R, M>(p.x + n * p.in_features + column, p.in_features, w.entry(e) + panel, w.w_stride,
-                                    depth, acc);
-  }
-  const int64_t out = row * p.block_out + panel;
-  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
-    if (valid <= r * L) break;
-    const int64_t lanes = min64(L, valid - r * L);
-    Vec<T, L> bias = {};
-    if (p.bias)
-      for (int64_t i = 0; i < lanes; ++i) bias[i] = p.bias[out + r * L + i];
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const Vec<T, L> z = activate<T, L>(acc[m][r] + bias, p.activation);
-      T* y = p.y + (n + m) * p.out_features + out + r * L;
-      if (lanes == L)
-        store<T, L>(y, z);
-      else
-        store_partial<T, L>(y, z, lanes);
-    }
-  }
-}
-
-// Batch rows [n, end): as many tiles of M rows as fit, then narrower ones.
-template <typename T, int L, int R, int M>
-void product_rows(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, int64_t panel, int64_t n, int64_t end,
-                  int64_t valid) {
-  for (; n + M <= end; n += M) product_tile<T, L, R, M>(p, w, row, panel, n, valid);
-  if constexpr (M > 1) {
-    if (n < end) product_rows<T, L, R, M / 2>(p, w, row, panel, n, end, valid);
-  }
-}
-
-// Panels of MaxVectors vectors across the block row, then one narrower panel for what is left.
-template <typename T, int L, int R, class Target>
-void product_panels(const BlockProduct<T>& p, const PackedRow<T>& w, int64_t row, int64_t panel, Range batch) {
-  const int64_t outputs = min64(p.block_out, p.out_features - row * p.block_out);
-  for (; panel + (R - 1) * L < outputs; panel += R * L)
-    product_rows<T, L, R, tile_rows<Target::Accumulators, R>()>(p, w, row, panel, batch.begin, batch.end,
-                                                                outputs - panel);
-  if constexpr (R > 1) {
-    if (panel < outputs) product_panels<T, L, R - 1, Target>(p, w, row, panel, batch);
-  }
-}
-
-// Weights of one entry as [k, outputs], zero-padded to w_stride outputs.
-template <typename T>
-void pack_entry(const BlockProduct<T>& p, const T* values, int64_t w_stride, T* packed) {
-  for (int64_t k = 0; k < p.block_in; ++k, packed += w_stride) {
-    int64_t o = 0;
-    if (p.transposed)
-      for (; o < p.block_out; ++o) packed[o] = values[k * p.block_out + o];
-    else
-      for (; o < p.block_out; ++o) packed[o] = values[o * p.block_in + k];
-    for (; o < w_stride; ++o) packed[o] = 0;
-  }
-}
-
-template <typename T, int L, class Target>
-void product_with_lanes(const BlockProduct<T>& p, Range rows, Range batch, T* scratch) {
-  const bool direct = p.transposed && p.block_out % L == 0;
-  const int64_t w_stride = round_up(p.block_out, L), entry_size = p.block_in * w_stride;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t first = p.ptr[row], count = p.ptr[row + 1] - first;
-    PackedRow<T> w = {scratch, nullptr, entry_size, w_stride};
-    if (direct) {
-      w.base = p.values;
-      w.slot = p.slot + first;
-    } else {
-      for (int64_t e = 0; e < count; ++e)
-        pack_entry(p, p.values + p.slot[first + e] * p.block_out * p.block_in, w_stride, scratch + e * entry_size);
-    }
-    product_panels<T, L, Target::MaxVectors, Target>(p, w, row, 0, batch);
-  }
-}
-
 // The narrowest vector that holds `width` values, or the widest there is.
 template <typename T, int L, class Target>
 int lanes_for(int64_t width) {
@@ -153,46 +60,193 @@ int lanes_for(int64_t width) {
   return L;
 }
 
-template <typename T, int L, class Target>
-void product_dispatch(const BlockProduct<T>& p, Range rows, Range batch, T* scratch) {
-  if constexpr (L > Target::MinLanes) {
-    if (p.block_out <= L / 2) return product_dispatch<T, L / 2, Target>(p, rows, batch, scratch);
+// Eight rows at a time: each is read as a stream, and each panel gets one run of cache lines.
+template <typename T, int L>
+void pack_panels(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
+                 T* panels) {
+  const int64_t columns = ceil_div(in_features, block_in);
+  for (int64_t begin = rows.begin; begin < rows.end; begin += 8) {
+    const int64_t end = min64(begin + 8, rows.end);
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t valid = min64(block_in, in_features - c * block_in);
+      for (int64_t n = begin; n < end; ++n) {
+        const T* from = x + n * in_features + c * block_in;
+        T* to = panels + (c * batch + n) * width;
+        int64_t i = 0;
+        for (; i + L <= valid; i += L) store<T, L>(to + i, load<T, L>(from + i));
+        for (; i < valid; ++i) to[i] = from[i];
+        for (; i < width; ++i) to[i] = 0;
+      }
+    }
   }
-  product_with_lanes<T, L, Target>(p, rows, batch, scratch);
+}
+
+// One block row of W against one chunk of the batch, as the tiles read them.
+template <typename T>
+struct RowTask {
+  const int32_t* idx;  // block columns of the row's entries
+  int64_t entries;
+  const T* x;  // row n of block column c begins at x + c * x_column_step + n * x_row_step
+  int64_t x_column_step, x_row_step;
+  const T* weights;     // [k, outputs] of entry e begins at weights + (slot ? slot[e] : e) * weights_size
+  const int32_t* slot;  // null where the entries lie one after another
+  int64_t weights_size, weights_stride;
+  T* y;  // [batch, outputs] of this block row, y_stride apart
+  int64_t y_stride;
+  int64_t batch, outputs, block_in, in_features;
+};
+
+template <typename T, int L, int R, int M>
+void product_tile(const RowTask<T>& t, int64_t n, int64_t panel) {
+  Vec<T, L> acc[M][R] = {};
+  const int64_t x_step = t.x_row_step, y_step = t.y_stride, outputs = t.outputs - panel;
+  const T* x = t.x + n * x_step;
+  T* y = t.y + n * y_step + panel;
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+      __builtin_prefetch(y + m * y_step + r * L, 1);
+  for (int64_t e = 0; e < t.entries; ++e) {
+    const T* weights = t.weights + (t.slot ? t.slot[e] : e) * t.weights_size + panel;
+    const int64_t depth = min64(t.block_in, t.in_features - t.idx[e] * t.block_in);
+    multiply_accumulate<T, L, R, M>(x + t.idx[e] * t.x_column_step, x_step, weights, t.weights_stride, depth, acc);
+  }
+  if (outputs >= R * L) {
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+        store<T, L>(y + m * y_step + r * L, acc[m][r]);
+    return;
+  }
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
+      store_partial<T, L>(y + m * y_step + r * L, acc[m][r], outputs - r * L);
+}
+
+// From batch row n on: as many tiles of M rows as fit, then narrower ones.
+template <typename T, int L, int R, int M>
+void product_rows(const RowTask<T>& t, int64_t n, int64_t panel) {
+  for (; n + M <= t.batch; n += M) product_tile<T, L, R, M>(t, n, panel);
+  if constexpr (M > 1) {
+    if (n < t.batch) product_rows<T, L, R, M / 2>(t, n, panel);
+  }
+}
+
+// Panels of R vectors across the block row, then one narrower panel for what is left.
+template <typename T, int L, int R, class Target>
+void product_panels(const RowTask<T>& t, int64_t panel) {
+  for (; panel + (R - 1) * L < t.outputs; panel += R * L)
+    product_rows<T, L, R, tile_rows<Target::Accumulators, R>()>(t, 0, panel);
+  if constexpr (R > 1) {
+    if (panel < t.outputs) product_panels<T, L, R - 1, Target>(t, panel);
+  }
+}
+
+// Bias and activation of one block row, while it is still in cache.
+template <typename T, int L>
+__attribute__((noinline)) void epilogue(const RowTask<T>& t, const T* bias, Activation activation) {
+  if (!bias && activation == Activation::none) return;
+  for (int64_t n = 0; n < t.batch; ++n) add_bias_and_activate<T, L>(t.y + n * t.y_stride, bias, t.outputs, activation);
+}
+
+// Batch rows of which inputs and outputs fill half of a second-level cache (1 MB), in whole tiles of any height.
+template <typename T>
+int64_t chunk_rows(const BlockProduct<T>& p) {
+  constexpr int64_t half_cache = (int64_t(1) << 19) / sizeof(T);
+  return max64(24, half_cache / (p.in_features + p.out_features) / 24 * 24);
+}
+
+// Should the inputs be copied into panels? As they come, the rows of a tile are in_features apart, often a multiple of
+// the 4 KB that makes them compete for one set of the first-level cache; in a panel they lie side by side.
+template <typename T>
+bool packs_inputs(const BlockProduct<T>& p) {
+  constexpr int64_t least_batch = 8;
+  return p.batch >= least_batch && p.in_features > p.block_in;
+}
+
+template <typename T>
+int64_t product_scratch(const BlockProduct<T>& p) {
+  return packs_inputs(p) ? chunk_rows(p) * round_up(p.in_features, p.block_in) : 0;
+}
+
+// Elements of one entry as `pack_weights` stores it: [k, outputs], outputs rounded up to whole vectors. 0 where the
+// stored blocks serve as they are.
+template <typename T, class Target>
+int64_t packed_entry_size(const BlockProduct<T>& p) {
+  const int64_t stride = round_up(p.block_out, lanes_for<T, Target::MaxLanes, Target>(p.block_out));
+  return p.transposed && stride == p.block_out ? 0 : p.block_in * stride;
+}
+
+// to[k, o] = from[o, k], in squares of L; both sides are multiples of L.
+template <typename T, int L>
+void transpose_block(const T* from, int64_t outputs, int64_t inputs, T* to) {
+  for (int64_t o = 0; o < outputs; o += L)
+    for (int64_t k = 0; k < inputs; k += L) {
+      Vec<T, L> square[L];
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) square[i] = load<T, L>(from + (o + i) * inputs + k);
+      transpose<T, L>(square);
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(to + (k + i) * outputs + o, square[i]);
+    }
 }
 
 template <typename T, class Target>
-void product(const BlockProduct<T>& p, Range rows, Range batch, T* scratch) {
-  product_dispatch<T, Target::MaxLanes, Target>(p, rows, batch, scratch);
+void pack_weights(const BlockProduct<T>& p, Range entries, T* packed) {
+  constexpr int Square = Target::MaxLanes < 8 ? Target::MaxLanes : 8;
+  const int64_t size = packed_entry_size<T, Target>(p), stride = size / p.block_in;
+  const bool squares = !p.transposed && stride == p.block_out && p.block_out % Square == 0 && p.block_in % Square == 0;
+  for (int64_t e = entries.begin; e < entries.end; ++e) {
+    const T* block = p.values + p.slot[e] * p.block_out * p.block_in;
+    T* to = packed + e * size;
+    if (squares) {
+      transpose_block<T, Square>(block, p.block_out, p.block_in, to);
+      continue;
+    }
+    for (int64_t k = 0; k < p.block_in; ++k, to += stride)
+      for (int64_t o = 0; o < stride; ++o)
+        to[o] = o >= p.block_out ? T(0) : p.transposed ? block[k * p.block_out + o] : block[o * p.block_in + k];
+  }
+}
+
+template <typename T, int L, class Target>
+void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, Range batch, T* scratch) {
+  if constexpr (L > Target::MinLanes) {
+    if (p.block_out <= L / 2) return product_with_lanes<T, L / 2, Target>(p, packed, rows, batch, scratch);
+  }
+  const int64_t packed_size = packed_entry_size<T, Target>(p), step = chunk_rows(p);
+  RowTask<T> t = {.x_column_step = p.block_in,
+                  .x_row_step = p.in_features,
+                  .weights_size = p.block_out * p.block_in,
+                  .weights_stride = round_up(p.block_out, L),
+                  .y_stride = p.out_features,
+                  .block_in = p.block_in,
+                  .in_features = p.in_features};
+  for (int64_t n = batch.begin; n < batch.end; n += step) {
+    t.batch = min64(step, batch.end - n);
+    t.x = p.x + n * p.in_features;
+    if (packs_inputs(p)) {
+      pack_panels<T, Target::MinLanes>(t.x, t.batch, p.in_features, p.block_in, p.block_in, {0, t.batch}, scratch);
+      t.x = scratch;
+      t.x_column_step = t.batch * p.block_in;
+      t.x_row_step = p.block_in;
+    }
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t first = p.ptr[row], out = row * p.block_out;
+      t.idx = p.idx + first;
+      t.entries = p.ptr[row + 1] - first;
+      t.weights = packed_size ? packed + first * packed_size : p.values;
+      t.slot = packed_size ? nullptr : p.slot + first;
+      if (packed_size) t.weights_size = packed_size;
+      t.outputs = min64(p.block_out, p.out_features - out);
+      t.y = p.y + n * p.out_features + out;
+      product_panels<T, L, Target::MaxVectors, Target>(t, 0);
+      epilogue<T, Target::MaxLanes>(t, p.bias ? p.bias + out : nullptr, p.activation);
+    }
+  }
 }
 
 template <typename T, class Target>
-int64_t product_scratch(const BlockProduct<T>& p, Range rows) {
-  int64_t longest = 0;
-  for (int64_t row = rows.begin; row < rows.end; ++row) longest = max64(longest, p.ptr[row + 1] - p.ptr[row]);
-  return longest * p.block_in * round_up(p.block_out, lanes_for<T, Target::MaxLanes, Target>(p.block_out));
+void product(const BlockProduct<T>& p, const T* packed, Range rows, Range batch, T* scratch) {
+  product_with_lanes<T, Target::MaxLanes, Target>(p, packed, rows, batch, scratch);
 }
-
-// ---------------------------------------------------------------------------------------------------------- sampled
 
 template <typename T, class Target>
 int64_t panel_width(int64_t block_in) {
   return round_up(block_in, lanes_for<T, Target::MaxLanes, Target>(block_in));
-}
-
-template <typename T, class Target>
-void pack_panels(const T* b, int64_t batch, int64_t in_features, int64_t block_in, Range columns, T* panels) {
-  const int64_t width = panel_width<T, Target>(block_in);
-  for (int64_t c = columns.begin; c < columns.end; ++c) {
-    const int64_t valid = min64(block_in, in_features - c * block_in);
-    for (int64_t n = 0; n < batch; ++n) {
-      const T* from = b + n * in_features + c * block_in;
-      T* to = panels + (c * batch + n) * width;
-      int64_t i = 0;
-      for (; i < valid; ++i) to[i] = from[i];
-      for (; i < width; ++i) to[i] = 0;
-    }
-  }
 }
 
 // Block rows [o, o + M), inputs [panel, panel + R L) of one entry, summed over the batch.
@@ -275,8 +329,8 @@ int64_t sampled_scratch(const SampledBlocks<T>& s) {
 
 template <typename T, class Target>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {product_scratch<T, Target>, product<T, Target>,   panel_width<T, Target>,
-          pack_panels<T, Target>,     sampled_scratch<T>, sampled<T, Target>};
+  return {packed_entry_size<T, Target>, pack_weights<T, Target>,          product_scratch<T>, product<T, Target>,
+          panel_width<T, Target>,       pack_panels<T, Target::MinLanes>, sampled_scratch<T>, sampled<T, Target>};
 }
 
 }  // namespace

@@ -30,18 +30,20 @@ struct Panels {
     return {first, std::min(first + kernel.panel_rows, batch)};
   }
   int64_t width(int64_t panel) const { return kernel.panel_width(rows(panel).end - rows(panel).begin); }
+  bool is_packed(int64_t panel) const { return width(panel) > 1; }
+  int64_t packed_size(int64_t panel) const { return is_packed(panel) ? width(panel) * features : 0; }
   // Where a panel lies in a buffer that holds all of them.
   int64_t offset(int64_t panel) const { return panel * kernel.panel_rows * features; }
-  int64_t size() const { return count() == 0 ? 0 : offset(count() - 1) + width(count() - 1) * features; }
-  int64_t largest() const { return count() == 0 ? 0 : width(0) * features; }
+  int64_t size() const { return count() == 0 ? 0 : offset(count() - 1) + packed_size(count() - 1); }
+  int64_t largest() const { return count() == 0 ? 0 : packed_size(0); }
 
   void pack(int64_t panel, Range some, T* packed) const {
-    if (width(panel) == 1) return;
+    if (!is_packed(panel)) return;
     const Range mine = rows(panel);
     kernel.pack(x + mine.begin * features, features, mine.end - mine.begin, some, packed);
   }
   const T* data(int64_t panel, const T* packed) const {
-    return width(panel) == 1 ? x + rows(panel).begin * features : packed;
+    return is_packed(panel) ? packed : x + rows(panel).begin * features;
   }
 };
 

@@ -7,8 +7,8 @@
 //            by scores computed in double; all others are certain already.
 //   attend   softmax over the survivors, and a sum over their rows of V.
 //
-// A screened score is one chain of multiply-adds in the order of the width, in whatever tile it is computed, so equal keys
-// have equal scores; the rest depends on a row alone. So results do not depend on the split over threads.
+// A screened score is added up in the order of the width, the same in whatever tile it is computed, so equal keys have
+// equal scores; the rest depends on a row alone. So results do not depend on the split over threads.
 #pragma once
 
 #include "../kernels.h"
@@ -22,6 +22,7 @@ using namespace compsparse;
 
 constexpr int64_t kBlockQueries = 24;   // a panel of keys is read from cache once for so many queries
 constexpr int64_t kStripBytes = 8192;   // of scores of one query; with all queries of a block, a fraction of the L2 cache
+constexpr int64_t kChain = 64;          // products added up one after another, then the chains: less rounding
 constexpr int64_t kCandidateSlack = 16;  // `compress` writes whole vectors
 
 // Lanes of T in the widest vector; registers for accumulators; vectors of keys side by side in a tile.
@@ -66,19 +67,25 @@ void pack_keys(const Attention<T>& a, int64_t b, int64_t kv_head, Range panels, 
 template <typename T, int L, int R, int M>
 void score_tile(const T* queries, int64_t width, const T* packed, T* scores, int64_t stride) {
   constexpr int Groups = (M + 2) / 3;  // x86 addresses base, base + s, base + 2 s
-  Vec<T, L> acc[M][R] = {};
   const T* group[Groups];
   COMPSPARSE_UNROLL for (int g = 0; g < Groups; ++g) group[g] = queries + 3 * g * width;
-  for (int64_t d = 0; d < width; ++d, packed += R * L) {
-    Vec<T, L> key[R];
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) key[r] = load<T, L>(packed + r * L);
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const T query = group[m / 3][(m % 3) * width + d];
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] += key[r] * query;
+  for (int64_t begin = 0; begin < width; begin += kChain) {
+    const int64_t end = min64(begin + kChain, width);
+    Vec<T, L> acc[M][R] = {};
+    for (int64_t d = begin; d < end; ++d, packed += R * L) {
+      Vec<T, L> key[R];
+      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) key[r] = load<T, L>(packed + r * L);
+      COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+        const T query = group[m / 3][(m % 3) * width + d];
+        COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] += key[r] * query;
+      }
     }
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
+      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+        T* to = scores + m * stride + r * L;
+        store<T, L>(to, begin == 0 ? acc[m][r] : load<T, L>(to) + acc[m][r]);
+      }
   }
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m)
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<T, L>(scores + m * stride + r * L, acc[m][r]);
 }
 
 template <typename T, int L, int R, int M>

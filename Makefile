@@ -1,0 +1,55 @@
+# make demo | test | bench | lint | sanitize | clean.  Each makes .venv, installs and builds what is missing first.
+# Another torch:  make TORCH="torch" ...
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+VENV := .venv
+PY := $(VENV)/bin/python
+DEPENDENCIES := $(VENV)/dependencies.stamp
+BUILD := build/build.stamp
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py
+CPP_FILES = $(shell git ls-files '*.cpp' '*.h')
+
+.PHONY: build demo test bench lint format sanitize clean
+
+build: $(BUILD)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The .pth file puts this folder on the path of the environment: an editable install that needs no second build.
+$(DEPENDENCIES): pyproject.toml .ci/requirements.py Makefile | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check $$($(PY) .ci/requirements.py)
+	$(PY) -c "import sysconfig, pathlib; pathlib.Path(sysconfig.get_path('purelib'), 'compsparse_kernels.pth').write_text('$(CURDIR)\n')"
+	touch $@
+
+$(BUILD): $(DEPENDENCIES) $(SOURCES)
+	@mkdir -p build
+	$(PY) setup.py --quiet build_clib build_ext --inplace
+	touch $@
+
+demo: build
+	$(PY) -m compsparse_kernels demo --report report
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) -m benchmarks.run --suite quick
+
+lint: $(DEPENDENCIES)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(DEPENDENCIES)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info report .pytest_cache .ruff_cache .hypothesis
+	rm -f compsparse_kernels/*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,187 @@
+"""What ``check`` compares: each op on a few shapes, beside the same mathematics written with dense torch.
+
+A case's ``dense`` works in any dtype, so in float64 it is the exact reference and in the op's own dtype it is the
+error a user would have without this library (the error budget of :mod:`compsparse_kernels.testing`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+
+from compsparse_kernels import ops
+from compsparse_kernels.layouts import BlockLayout, MaskLayout
+from compsparse_kernels.testing import random_mask, random_tensor
+
+ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+# A score nearer than this to the threshold may fall on either side in float32; check uses inputs with none.
+UNDECIDED = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """``ours`` and ``dense`` compute the same from ``inputs`` (float64 tensors, a gradient is checked for each)."""
+
+    op: str
+    name: str
+    inputs: dict[str, torch.Tensor]
+    ours: Callable[..., torch.Tensor]
+    dense: Callable[..., torch.Tensor]
+    multilinear: bool = True  # then dense(|inputs|) is the sum of the terms in absolute value, for the error budget
+
+
+def all_cases() -> Iterator[Case]:
+    yield from _block_sparse_cases()
+    yield from _masked_cases()
+    yield from _attention_cases()
+
+
+def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random numbers that float32 holds exactly, so that every dtype sees the same input."""
+    return {
+        name: random_tensor(*shape, seed=seed).double() for seed, (name, shape) in enumerate(shapes.items()) if shape
+    }
+
+
+# ---- block-sparse linear
+
+
+def _block_sparse_cases() -> Iterator[Case]:
+    for batch, features, block, activation in (
+        (1, (64, 96), (32, 32), None),
+        (37, (83, 100), (16, 8), "relu"),
+        (130, (192, 256), (8, 8), "gelu"),
+        (65, (130, 70), (64, 32), "silu"),
+        (48, (60, 52), (4, 4), None),
+        (5, (33, 129), (128, 128), None),
+    ):
+        layout = _block_layout(features, block)
+        name = f"{batch} x ({features[1]} -> {features[0]}), blocks {block[0]} x {block[1]}"
+        yield _block_linear(f"{name}{f', {activation}' if activation else ''}", batch, layout, activation)
+        yield _sampled_blocks(name, batch, layout)
+    yield _block_linear("31 x (96 -> 64), transposed layout", 31, _block_layout((96, 64), (16, 8)).T, None)
+    yield _block_linear("40 x (64 -> 64), shared blocks", 40, _tied_layout(), None)
+
+
+def _block_layout(features: tuple[int, int], block: tuple[int, int]) -> BlockLayout:
+    grid = [-(-size // side) for size, side in zip(features, block, strict=True)]
+    mask = random_mask(*grid)
+    mask[0, 0] = True  # not empty, however small the grid
+    return BlockLayout.from_mask(mask, block, out_features=features[0], in_features=features[1])
+
+
+def _tied_layout() -> BlockLayout:
+    """A band of blocks, the same two value blocks along each diagonal: a convolution's weight."""
+    rows = torch.arange(8).repeat(2)
+    columns = torch.cat([torch.arange(8), (torch.arange(8) + 1) % 8])
+    return BlockLayout.from_entries(rows, columns, (8, 8), 64, 64, slot=torch.arange(2).repeat_interleave(8))
+
+
+def _block_linear(name: str, batch: int, layout: BlockLayout, activation: str | None) -> Case:
+    return Case(
+        "block_sparse_linear",
+        name,
+        _draw(x=(batch, layout.in_features), values=layout.values_shape, bias=(layout.out_features,)),
+        lambda x, values, bias: ops.block_sparse_linear(x, values, layout, bias, activation),
+        lambda x, values, bias: ACTIVATIONS[activation](F.linear(x, layout.unpack(values), bias)),
+        multilinear=activation is None,
+    )
+
+
+def _sampled_blocks(name: str, batch: int, layout: BlockLayout) -> Case:
+    return Case(
+        "sampled_block_matmul",
+        name,
+        _draw(a=(batch, layout.out_features), b=(batch, layout.in_features)),
+        lambda a, b: ops.sampled_block_matmul(a, b, layout),
+        lambda a, b: layout.pack(a.mT @ b),
+    )
+
+
+# ---- masked linear
+
+
+def _masked_cases() -> Iterator[Case]:
+    for batch, features, density, kind in (
+        (1, (96, 64), 0.1, "csr"),
+        (37, (83, 100), 0.3, "csr"),
+        (130, (192, 256), 0.05, "csr"),
+        (64, (70, 50), 0.2, "block"),
+        (64, (70, 50), 0.9, "dense"),
+    ):
+        layout = MaskLayout.from_mask(random_mask(*features, density), kind=kind)
+        name = f"{batch} x ({features[1]} -> {features[0]}), density {density}, kind {kind}"
+        yield Case(
+            "masked_linear",
+            name,
+            _draw(x=(batch, features[1]), values=layout.values_shape, bias=(features[0],)),
+            lambda x, values, bias, layout=layout: ops.masked_linear(x, values, layout, bias),
+            lambda x, values, bias, layout=layout: F.linear(x, layout.unpack(values), bias),
+        )
+        yield Case(
+            "sampled_matmul",
+            name,
+            _draw(a=(batch, features[0]), b=(batch, features[1])),
+            lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout),
+            lambda a, b, layout=layout: layout.pack(a.mT @ b),
+        )
+
+
+# ---- threshold attention
+
+
+def _attention_cases() -> Iterator[Case]:
+    for shape, keys, threshold, rule, causal in (
+        ((2, 3, 37, 16), 45, 0.05, "relative", False),
+        ((1, 2, 130, 64), 130, 0.01, "relative", True),
+        ((1, 2, 65, 40), 70, 0.5, "absolute", False),
+        ((1, 1, 1, 8), 33, 0.2, "relative", False),
+    ):
+        name = f"{shape[:2]}, {shape[2]} queries, {keys} keys of {shape[3]}, {rule}{', causal' if causal else ''}"
+        options = {"threshold": threshold, "rule": rule, "is_causal": causal}
+        yield Case(
+            "threshold_attention",
+            name,
+            _decided_inputs(shape, keys, options),
+            lambda query, key, value, options=options: ops.threshold_attention(query, key, value, **options),
+            lambda query, key, value, options=options: _dense_attention(query, key, value, **options),
+            multilinear=False,
+        )
+
+
+def _decided_inputs(shape: tuple[int, ...], keys: int, options: dict) -> dict[str, torch.Tensor]:
+    """The first random query, key and value where every score is clear of the threshold."""
+    key_shape = (*shape[:2], keys, shape[3])
+    for seed in count(step=3):
+        inputs = {
+            "query": random_tensor(*shape, seed=seed).double(),
+            "key": random_tensor(*key_shape, seed=seed + 1).double(),
+            "value": random_tensor(*key_shape, seed=seed + 2).double(),
+        }
+        distance = _above_threshold(_scores(inputs["query"], inputs["key"], options["is_causal"]), **options)
+        if bool((distance.abs() > UNDECIDED).all()):
+            return inputs
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if not is_causal:
+        return scores
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def _above_threshold(scores: torch.Tensor, threshold: float, rule: str, is_causal: bool) -> torch.Tensor:
+    """Score minus threshold: a key is kept where this is not negative."""
+    if rule == "absolute":
+        return scores - threshold
+    return scores - scores.amax(-1, keepdim=True) - torch.tensor(threshold, dtype=torch.float64).log()
+
+
+def _dense_attention(query, key, value, threshold: float, rule: str, is_causal: bool) -> torch.Tensor:
+    scores = _scores(query, key, is_causal)
+    kept = _above_threshold(scores.detach(), threshold, rule, is_causal) >= 0
+    weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
+    return weights.masked_fill(~kept, 0) @ value  # a row that keeps nothing is 0, not NaN

@@ -1,0 +1,171 @@
+"""What tests, benchmarks and ``python -m compsparse_kernels check`` share: inputs, the error budget, what can run here.
+
+**The error budget.** A kernel and dense torch round the same sums in different orders, so neither is *the* right
+answer; both are compared with a reference in float64. Ours may be wrong by at most
+
+    2 * max|dense - exact|  +  eps * max(magnitude),
+
+in the same dtype, on the same input. Why these terms and no other tolerance:
+
+- Rounding a sum of K products errs by ``O(eps) * sum |x_k w_k|`` whatever the order (Higham, *Accuracy and Stability
+  of Numerical Algorithms*, 2002, section 3.1); the order sets only the constant. The largest error over a tensor is
+  stable from order to order, so the measured error of dense torch carries the constant for this input, and 2 is the
+  room between two orders.
+- Where few numbers are compared, dense torch may be exact by luck. One rounding of the ``magnitude``, the sum
+  ``sum |x_k w_k|`` of the terms in absolute value, is what no order can be asked to avoid. Where no magnitude is
+  given, the result itself stands for it.
+- In float64 the reference is rounded as well. There dense torch runs in float32 on the same numbers, its error is
+  scaled by the ratio of the two ``eps`` (the error is linear in it), and the reference's own error counts once more.
+
+Nothing here is tuned to a machine, so the budget is the same in CI as at home.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from compsparse_kernels.ops import cpu_isa
+
+DTYPES = (torch.float32, torch.float64)
+THREADS = (1, 2, 3)
+MEMORY_FORMS = ("contiguous", "transposed", "strided", "expanded")
+
+_KNOWN_ISAS = ("scalar", "avx2", "avx512")
+# Instruction sets whose kernels this processor can run; empty where no compiled kernels are there.
+ISAS = _KNOWN_ISAS[: _KNOWN_ISAS.index(cpu_isa()) + 1] if cpu_isa() else ()
+
+
+# ---- inputs
+
+
+def random_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    memory: str = "contiguous",
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> torch.Tensor:
+    """Standard normal numbers, the same in every dtype (drawn in float32), that lie in memory in one of MEMORY_FORMS.
+
+    ``expanded`` repeats one row along the first dimension with stride 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    if memory == "contiguous":
+        tensor = draw(*shape)
+    elif memory == "transposed":
+        tensor = draw(*reversed(shape)).permute(*reversed(range(len(shape))))
+    elif memory == "strided":
+        tensor = draw(*shape[:-1], 2 * shape[-1] + 1)[..., 1::2]
+    elif memory == "expanded":
+        tensor = draw(1, *shape[1:]).expand(*shape)
+    else:
+        raise ValueError(f"memory: expected one of {', '.join(MEMORY_FORMS)}, got {memory!r}")
+    return tensor.requires_grad_(requires_grad)
+
+
+def random_mask(rows: int, columns: int, density: float = 0.4, seed: int = 0) -> torch.Tensor:
+    """bool ``[rows, columns]`` with each entry set independently."""
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+
+
+# ---- the error budget
+
+
+def budget_used(
+    ours: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None = None
+) -> float:
+    """Error of ``ours`` as a share of the budget of this module's docstring; above 1 is too much, NaN counts as inf.
+
+    Args:
+        ours: the result under test.
+        dense: dense torch's result in the dtype of ``ours``; where that is float64, in float32 on the same numbers.
+        exact: the float64 reference.
+        magnitude: float64 ``sum |terms|`` of each element; ``|exact|`` where None.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    eps = torch.finfo(ours.dtype).eps
+    allowed = 3 if ours.dtype == exact.dtype else 2
+    error = _largest(ours.double() - exact)
+    dense_error = _largest(dense.double() - exact) * eps / torch.finfo(dense.dtype).eps
+    budget = allowed * dense_error + eps * _largest(exact if magnitude is None else magnitude)
+    if error != error:
+        return float("inf")
+    return error / budget if budget > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def assert_within_budget(
+    ours: torch.Tensor,
+    dense: torch.Tensor,
+    exact: torch.Tensor,
+    name: str,
+    magnitude: torch.Tensor | None = None,
+) -> None:
+    """Shape, and error within the budget of this module's docstring (arguments as for :func:`budget_used`)."""
+    assert ours.shape == exact.shape, f"{name}: expected shape {list(exact.shape)}, got {list(ours.shape)}"
+    assert dense.shape == exact.shape, f"{name}: dense has shape {list(dense.shape)}, exact {list(exact.shape)}"
+    assert torch.isfinite(exact).all() and torch.isfinite(dense).all(), f"{name}: the reference itself is not finite"
+    used = budget_used(ours, dense, exact, magnitude)
+    assert used <= 1, (
+        f"{name}: error {_largest(ours.double() - exact):.3g} is {used:.2f} of the budget"
+        f" (dense {str(dense.dtype).removeprefix('torch.')} errs by {_largest(dense.double() - exact):.3g})"
+    )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().abs().max())
+
+
+# ---- threads, processes
+
+
+@contextmanager
+def num_threads(count: int):
+    """Runs a block with ``torch.set_num_threads(count)``."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_in_subprocess(
+    code: str,
+    isa: str | None = None,
+    blocked: Iterable[str] = (),
+    timeout: float = 120,
+) -> str:
+    """Runs Python code in a fresh process and returns what it prints.
+
+    Args:
+        code: the source; it can import this package wherever it lies.
+        isa: instruction set the kernels are capped to (``COMPSPARSE_CPU``).
+        blocked: modules whose import fails there, as on a machine without them.
+        timeout: seconds.
+
+    Raises:
+        AssertionError: with what the process printed, if it does not end well.
+    """
+    environment = dict(os.environ)
+    environment.pop("COMPSPARSE_CPU", None)
+    if isa is not None:
+        environment["COMPSPARSE_CPU"] = isa
+    paths = [str(Path(__file__).resolve().parent.parent), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    blocking = "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
+    source = f"import sys\n{blocking}{code}" if blocking else code
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"the process ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout

@@ -1,0 +1,12 @@
+"""Hypothesis profiles: ``ci`` draws the same examples every time, ``dev`` new ones."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Read by OpenMP when torch is first imported: idle threads sleep, for these many small calls on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None, database=None)
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")

@@ -1,0 +1,176 @@
+// block_sparse_linear's tables: product, pack_panels, sampled, against plain loops.
+#include "harness.h"
+
+namespace {
+
+using namespace compsparse;
+using sanitize::Buffer;
+using sanitize::Pattern;
+
+struct Shape {
+  int64_t out_features, in_features, block_out, block_in, batch;
+  double density;
+  int64_t rows() const { return (out_features + block_out - 1) / block_out; }
+  int64_t columns() const { return (in_features + block_in - 1) / block_in; }
+  std::string name() const {
+    return std::to_string(out_features) + "x" + std::to_string(in_features) + " blocks " + std::to_string(block_out) +
+           "x" + std::to_string(block_in) + " batch " + std::to_string(batch);
+  }
+};
+
+const Shape shapes[] = {
+    {1, 1, 1, 1, 1, 1.0},         {7, 5, 1, 1, 3, 0.5},         {9, 10, 2, 3, 4, 0.6},     {13, 11, 4, 4, 7, 0.7},
+    {24, 40, 8, 8, 13, 0.4},      {21, 37, 8, 16, 6, 0.5},      {64, 48, 16, 16, 25, 0.4}, {50, 61, 16, 5, 12, 0.5},
+    {33, 70, 33, 70, 9, 1.0},     {96, 96, 32, 32, 26, 0.5},    {70, 90, 32, 24, 5, 0.6},  {129, 130, 64, 48, 14, 0.6},
+    {140, 140, 128, 128, 3, 1.0}, {127, 200, 127, 100, 2, 0.8}, {40, 40, 8, 8, 0, 0.5},    {40, 40, 8, 8, 5, 0.0},
+};
+
+double activated(double z, Activation activation) {
+  if (activation == Activation::relu) return z < 0 ? 0 : z;
+  if (activation == Activation::gelu) return z / 2 * (1 + erf(z * sqrt(0.5)));
+  if (activation == Activation::silu) return z / (1 + exp(-z));
+  return z;
+}
+
+// Value blocks that stand in another order than their entries, and are shared where `slots` is less than the entries.
+Buffer<int32_t> slots_of(int64_t entries, int64_t slots) {
+  Buffer<int32_t> slot(entries);
+  for (int64_t e = 0; e < entries; ++e) slot[e] = int32_t((entries - 1 - e) % slots);
+  return slot;
+}
+
+template <typename T>
+std::vector<double> exact_product(const BlockProduct<T>& p, const T* x) {
+  std::vector<double> y(p.batch * p.out_features);
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t o = 0; o < p.out_features; ++o) {
+      const int64_t row = o / p.block_out, i = o % p.block_out;
+      double sum = p.bias ? p.bias[o] : 0;
+      for (int64_t e = p.ptr[row]; e < p.ptr[row + 1]; ++e) {
+        const T* block = p.values + p.slot[e] * p.block_out * p.block_in;
+        for (int64_t k = 0; k < p.block_in && p.idx[e] * p.block_in + k < p.in_features; ++k)
+          sum += double(block[p.transposed ? k * p.block_out + i : i * p.block_in + k]) *
+                 x[n * p.in_features + p.idx[e] * p.block_in + k];
+      }
+      y[n * p.out_features + o] = activated(sum, p.activation);
+    }
+  return y;
+}
+
+// Two parts of rows by two parts of the batch, each with scratch of its own, as threads do it.
+template <typename T>
+void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
+  for (int64_t part = 0; part < 4; ++part) {
+    const Range mine = {rows * (part % 2) / 2, rows * (part % 2 + 1) / 2};
+    const Range batch = {p.batch * (part / 2) / 2, p.batch * (part / 2 + 1) / 2};
+    const auto scratch = Buffer<T>::unwritten(kernel.product_scratch(p, mine));
+    kernel.product(p, mine, batch, scratch.data());
+  }
+}
+
+template <typename T>
+Buffer<T> packed(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s, int64_t width) {
+  auto panels = Buffer<T>::unwritten(s.columns() * s.batch * width);
+  for (int64_t part = 0; part < 2; ++part)
+    kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, width,
+                       {s.batch * part / 2, s.batch * (part + 1) / 2}, panels.data());
+  return panels;
+}
+
+template <typename T>
+void check_product(const BlockSparseKernels<T>& kernel, const Shape& s, const Pattern& pattern,
+                   std::mt19937& generator) {
+  const int64_t slots = pattern.entries() / 2 + 1;
+  const auto slot = slots_of(pattern.entries(), slots);
+  const auto x = Buffer<T>::random(s.batch * s.in_features, generator);
+  const auto values = Buffer<T>::random(slots * s.block_out * s.block_in, generator);
+  const auto bias = Buffer<T>::random(s.out_features, generator);
+  const auto panels = packed(kernel, x, s, s.block_in);
+  for (int option = 0; option < 16; ++option) {
+    const bool transposed = option & 1, as_panels = option & 2;
+    const auto activation = Activation(option / 4);
+    const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
+    const BlockProduct<T> p = {
+        .x = as_panels ? panels.data() : x.data(),
+        .x_column_step = as_panels ? s.batch * s.block_in : s.block_in,
+        .x_row_step = as_panels ? s.block_in : s.in_features,
+        .values = values.data(),
+        .bias = activation == Activation::none ? nullptr : bias.data(),
+        .y = y.data(),
+        .ptr = pattern.ptr.data(),
+        .idx = pattern.idx.data(),
+        .slot = slot.data(),
+        .batch = s.batch,
+        .in_features = s.in_features,
+        .out_features = s.out_features,
+        .block_out = s.block_out,
+        .block_in = s.block_in,
+        .transposed = transposed,
+        .activation = activation,
+    };
+    run_product(kernel, p, s.rows());
+    sanitize::expect_equal(y.data(), exact_product(p, x.data()).data(), y.size(),
+                           "product " + s.name() + " option " + std::to_string(option));
+  }
+}
+
+template <typename T>
+void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pattern& pattern,
+                   std::mt19937& generator) {
+  const int64_t size = s.block_out * s.block_in;
+  const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
+  const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
+  const auto panels = packed(kernel, b, s, kernel.panel_width(s.block_in));
+  const auto entries = Buffer<T>::unwritten(pattern.entries() * size);
+  const SampledBlocks<T> sampled = {
+      .a = a.data(),
+      .b_panels = panels.data(),
+      .entries = entries.data(),
+      .ptr = pattern.ptr.data(),
+      .idx = pattern.idx.data(),
+      .batch = s.batch,
+      .in_features = s.in_features,
+      .out_features = s.out_features,
+      .block_out = s.block_out,
+      .block_in = s.block_in,
+  };
+  for (int64_t part = 0; part < 2; ++part) {
+    const auto scratch = Buffer<T>::unwritten(kernel.sampled_scratch(sampled));
+    kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
+  }
+  std::vector<double> exact(entries.size());
+  for (int64_t row = 0; row < s.rows(); ++row)
+    for (int64_t e = pattern.ptr[row]; e < pattern.ptr[row + 1]; ++e)
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t o = row * s.block_out + i / s.block_in, k = pattern.idx[e] * s.block_in + i % s.block_in;
+        if (o >= s.out_features || k >= s.in_features) continue;
+        for (int64_t n = 0; n < s.batch; ++n)
+          exact[e * size + i] += double(a[n * s.out_features + o]) * b[n * s.in_features + k];
+      }
+  sanitize::expect_equal(entries.data(), exact.data(), entries.size(), "sampled " + s.name());
+}
+
+template <typename T>
+void check_kernels(const BlockSparseKernels<T>& kernel) {
+  std::mt19937 generator(0);
+  for (const Shape& s : shapes) {
+    const Pattern pattern = sanitize::random_pattern(s.rows(), s.columns(), s.density, generator);
+    check_product(kernel, s, pattern, generator);
+    check_sampled(kernel, s, pattern, generator);
+  }
+}
+
+std::function<void()> check(const BlockSparseTable& table) {
+  return [&table] {
+    check_kernels(table.f32);
+    check_kernels(table.f64);
+  };
+}
+
+RUN_UNDER_SANITIZERS(block_sparse_linear, scalar, true, check(block_sparse_scalar));
+#if defined(__x86_64__)
+RUN_UNDER_SANITIZERS(block_sparse_linear, avx2, sanitize::has_avx2(), check(block_sparse_avx2));
+RUN_UNDER_SANITIZERS(block_sparse_linear, avx512, sanitize::has_avx512(), check(block_sparse_avx512));
+#endif
+
+}  // namespace

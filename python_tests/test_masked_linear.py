@@ -1,0 +1,467 @@
+"""masked_linear and sampled_matmul: values and gradients against the float64 reference."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compsparse_kernels import MaskLayout, explain, masked_linear, sampled_matmul
+from compsparse_kernels.layouts import index
+from compsparse_kernels.ops.masked_linear import reference
+from compsparse_kernels.testing import (
+    DTYPES,
+    ISAS,
+    MEMORY_FORMS,
+    THREADS,
+    assert_within_budget,
+    num_threads,
+    random_mask,
+    random_tensor,
+    run_in_subprocess,
+)
+
+KINDS = ("csr", "block", "dense")
+
+
+def make_layout(out_features, in_features, density=0.3, seed=0, kind="csr", block_shape=(8, 4)):
+    return MaskLayout.from_mask(random_mask(out_features, in_features, density, seed), kind, block_shape)
+
+
+def make_inputs(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):
+    """x, values, bias and the gradient of the output."""
+    shapes = ((batch, layout.in_features), layout.values_shape, (layout.out_features,), (batch, layout.out_features))
+    return [random_tensor(*shape, dtype=dtype, memory=memory, seed=seed + i) for i, shape in enumerate(shapes)]
+
+
+def dense_linear(layout):
+    return lambda x, values, bias: F.linear(x, layout.unpack(values), bias)
+
+
+def ours_linear(layout):
+    return lambda x, values, bias: masked_linear(x, values, layout, bias)
+
+
+def output_and_gradients(function, inputs, grad, dtype):
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
+
+
+def assert_all_within_budget(ours, dense, inputs, grad, names):
+    """Output and every gradient of ``ours``, in the dtype of the inputs, against ``dense``."""
+    results = output_and_gradients(ours, inputs, grad, grad.dtype)
+    peers = output_and_gradients(dense, inputs, grad, torch.float32)
+    exact = output_and_gradients(dense, inputs, grad, torch.float64)
+    sizes = output_and_gradients(dense, [tensor.abs() for tensor in inputs], grad.abs(), torch.float64)
+    for name, result, *others in zip(names, results, peers, exact, sizes, strict=True):
+        assert result.dtype == grad.dtype
+        assert_within_budget(result, others[0], others[1], name, magnitude=others[2])
+
+
+def assert_linear_right(layout, inputs):
+    *inputs, grad = inputs
+    names = ("output", "gradient of x", "gradient of values", "gradient of bias")
+    assert_all_within_budget(ours_linear(layout), dense_linear(layout), inputs, grad, names)
+
+
+def assert_sampled_right(layout, a, b, grad):
+    def ours(a, b):
+        return sampled_matmul(a, b, layout)
+
+    def dense(a, b):
+        return layout.pack(a.mT @ b)
+
+    assert_all_within_budget(ours, dense, (a, b), grad, ("output", "gradient of a", "gradient of b"))
+
+
+def assert_right(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):
+    x, values, bias, grad = make_inputs(layout, batch, dtype, seed, memory)
+    assert_linear_right(layout, (x, values, bias, grad))
+    assert_sampled_right(layout, grad, x, values)
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 48, 63, 64, 65, 66, 130])
+def test_batches(batch, dtype):
+    """Every width of a panel, alone and after full panels."""
+    assert_right(make_layout(37, 51), batch, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (64, 128), (33, 47)], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_shapes_and_kinds(shape, density, transposed, kind, dtype):
+    layout = make_layout(*shape, density, kind=kind)
+    assert_right(layout.T if transposed else layout, 7, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batch(kind):
+    layout = make_layout(24, 32, kind=kind)
+    x, values, bias, grad = make_inputs(layout, 0)
+    y, grad_x, *others = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
+    assert y.shape == (0, 24) and grad_x.shape == (0, 32)
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(others, (values, bias), strict=True))
+    assert torch.equal(sampled_matmul(grad, x, layout), torch.zeros(layout.values_shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_rows_and_columns(dtype):
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    mask[3, 4] = mask[3, 29] = mask[17, 4] = True
+    layout = MaskLayout.from_mask(mask, "csr")
+    assert_right(layout, 20, dtype)
+    x, values, bias, _ = make_inputs(layout)
+    assert torch.equal(masked_linear(x, values, layout, bias)[:, :3], bias[:3].expand(5, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (1, 2, 1, 3), (0, 3)], ids=str)
+def test_leading_dimensions(lead, kind):
+    layout = make_layout(24, 32, kind=kind)
+    _, values, bias, _ = make_inputs(layout)
+    x = random_tensor(*lead, 32, requires_grad=True)
+    y, expected = masked_linear(x, values, layout, bias), dense_linear(layout)(x, values, bias)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    batch=st.integers(1, 150),
+    density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
+    block_shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    transposed=st.booleans(),
+    memory=st.sampled_from(MEMORY_FORMS),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(shape, batch, density, dtype, kind, block_shape, transposed, memory, seed):
+    layout = make_layout(*shape, density, seed, kind, block_shape)
+    assert_right(layout.T if transposed else layout, batch, dtype, seed, memory)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory", MEMORY_FORMS)
+def test_memory_of_inputs_and_gradients(memory, dtype):
+    assert_right(make_layout(40, 48), 18, dtype, memory=memory)
+
+
+def test_expanded_gradient_of_a_sum():
+    layout = make_layout(40, 48)
+    x, values, bias, grad = make_inputs(layout)
+    assert_linear_right(layout, (x, values, bias, torch.ones(()).expand_as(grad)))
+
+
+def test_inputs_stay_as_they_are():
+    layout = make_layout(40, 48)
+    inputs = make_inputs(layout)
+    copies = [tensor.clone() for tensor in inputs]
+    output_and_gradients(ours_linear(layout), inputs[:3], inputs[3], torch.float32)
+    assert all(torch.equal(tensor, before) for tensor, before in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 65, 140])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_output_is_written(batch, dtype):
+    """Deterministic mode fills fresh memory with NaN."""
+    layout = make_layout(37, 51)
+    torch.use_deterministic_algorithms(True)
+    try:
+        x, values, bias, grad = make_inputs(layout, batch, dtype)
+        with torch.no_grad():
+            results = masked_linear(x, values, layout, bias), masked_linear(grad, values, layout.T)
+            results += (sampled_matmul(grad, x, layout), sampled_matmul(grad[:0], x[:0], layout))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+def test_indices_past_2_to_the_31():
+    """8 GB of zeros that are never written take no memory; one survivor, in the last column."""
+    columns = 2**30 + 128
+    try:
+        x = torch.from_numpy(np.zeros((2, columns), np.float32))
+    except MemoryError as error:
+        pytest.skip(f"no room for 8 GB of address space: {error}")
+    x[1, -1] = 3
+    ptr, idx = torch.tensor([0, 1]), torch.tensor([columns - 1]).int()
+    for first in (0, 1):  # batch 1 reads x itself
+        y = torch.ops.compsparse.masked_linear(x[first:][:1], torch.ones(1), None, ptr, idx, None, 1)
+        assert y.item() == 3 * first
+
+
+@pytest.mark.skipif(not ISAS, reason="the dense reference reads everything: no compiled kernels here")
+@pytest.mark.parametrize("batch", [1, 6, 70])
+def test_cost_is_on_survivors_only(batch):
+    """0 * NaN is NaN: what is not NaN was not multiplied. Dense torch fails this, so something is skipped here."""
+    mask = random_mask(24, 32, 0.3)
+    mask[:, 5] = mask[7] = False
+    layout = MaskLayout.from_mask(mask, "csr")
+    x, values, bias, grad = make_inputs(layout, batch)
+    assert values.numel() == layout.nnz == int(mask.sum())
+    x[:, 5] = grad[:, 7] = float("nan")
+    y, grad_x, grad_values, _ = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
+    assert torch.isfinite(y).all() and torch.isfinite(grad_x).all() and torch.isfinite(grad_values).all()
+    assert dense_linear(layout)(x, values, bias).isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["block", "dense"])
+def test_dropped_values_have_no_part(kind):
+    layout = make_layout(24, 32, kind=kind)
+    x, values, bias, grad = make_inputs(layout)
+    kept = layout.pack(torch.ones(24, 32)) == 1
+    clean = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
+    values = values.where(kept, float("nan"))
+    dirty = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not dirty[2][~kept].any()
+
+
+# ---- positions of 64 bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_positions(monkeypatch, dtype):
+    monkeypatch.setattr(index, "INT32_LIMIT", 1)
+    layout = make_layout(37, 51)
+    assert layout.by_input.perm.dtype == torch.int64
+    assert_right(layout, 20, dtype)
+    assert_right(layout.T, 20, dtype)
+
+
+# ---- derivatives
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_any_order(transposed, kind):
+    layout = make_layout(6, 5, 0.5, kind=kind, block_shape=(2, 3))
+    layout = layout.T if transposed else layout
+    x, values, bias, grad = (t.requires_grad_() for t in make_inputs(layout, 3, torch.float64))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(ours_linear(layout), (x, values, bias))
+        assert check(lambda a, b: sampled_matmul(a, b, layout), (grad, x))
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("values",), ("bias",), ("x", "values")], ids=str)
+def test_only_the_wanted_gradients(wanted):
+    layout = make_layout(20, 30)
+    inputs = dict(zip(("x", "values", "bias"), make_inputs(layout), strict=False))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    y = ours_linear(layout)(**inputs)
+    expected = dense_linear(layout)(**inputs)
+    leaves = [inputs[name] for name in wanted]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+
+
+def test_no_graph_without_need():
+    layout = make_layout(20, 30)
+    x, values, bias, grad = make_inputs(layout)
+    assert masked_linear(x, values, layout, bias).grad_fn is None
+    with torch.no_grad():
+        assert masked_linear(x.requires_grad_(), values, layout, bias).grad_fn is None
+        assert sampled_matmul(grad, x, layout).grad_fn is None
+
+
+# ---- threads and instruction sets
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, batch", [((250, 300), 61), ((40, 900), 260), ((900, 40), 129), ((700, 800), 1)], ids=str
+)
+def test_bitwise_equal_for_any_number_of_threads(shape, batch, dtype):
+    layout = make_layout(*shape)
+    *inputs, grad = make_inputs(layout, batch, dtype)
+    results = []
+    for threads in THREADS:
+        with num_threads(threads):
+            results.append(output_and_gradients(ours_linear(layout), inputs, grad, dtype)[:3])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    """This file's tests of shapes and memory, in a process whose kernels are capped to one instruction set."""
+    code = (
+        "import sys, pytest, compsparse_kernels.ops as ops\n"
+        f"assert ops.cpu_isa() == {isa!r}\n"
+        "tests = 'test_batches or test_memory or test_every_output or survivors or wide or bitwise'\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
+    )
+    run_in_subprocess(code, isa=isa)
+
+
+# ---- torch's contracts
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(with_bias, batch, memory):
+    layout = make_layout(20, 24)
+    x, values, bias, grad = make_inputs(layout, batch, memory=memory)
+    bias = bias if with_bias else None
+    product = torch.ops.compsparse.masked_linear
+    torch.library.opcheck(product, (x, values, bias, *layout.by_output, 20))
+    torch.library.opcheck(product, (grad, values, None, *layout.by_input, 24))
+    torch.library.opcheck(torch.ops.compsparse.sampled_matmul, (grad, x, *layout.by_output[:2]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_op_means_its_reference(with_bias, transposed):
+    """Boxing does not check: each argument straight through the registered op."""
+    layout = make_layout(20, 24)
+    layout = layout.T if transposed else layout
+    x, values, bias, grad = make_inputs(layout)
+    arguments = (x, values, bias if with_bias else None, *layout.by_output, layout.out_features)
+    ours = torch.ops.compsparse.masked_linear(*arguments)
+    torch.testing.assert_close(ours, reference.masked_linear(*arguments))
+    arguments = (grad, x, *layout.by_output[:2])
+    torch.testing.assert_close(torch.ops.compsparse.sampled_matmul(*arguments), reference.sampled_matmul(*arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind):
+    layout = make_layout(20, 24, kind=kind)
+    *inputs, grad = make_inputs(layout)
+    compiled = torch.compile(ours_linear(layout), fullgraph=True, backend="aot_eager")
+    ours = output_and_gradients(compiled, inputs, grad, torch.float32)
+    eager = output_and_gradients(ours_linear(layout), inputs, grad, torch.float32)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind):
+    layout = make_layout(20, 24, kind=kind)
+    x, values, bias, _ = make_inputs(layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_linear(x.bfloat16(), values.requires_grad_(), layout, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        y.float(), masked_linear(x.bfloat16().float(), values, layout, bias), atol=0.05, rtol=0.01
+    )
+    y.sum().backward()
+    assert values.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="none"))]
+)
+def test_backends(backend, kind):
+    layout = make_layout(20, 24, kind=kind)
+    x, values, bias, _ = make_inputs(layout)
+    y = masked_linear(x, values, layout, bias, backend=backend)
+    torch.testing.assert_close(y, dense_linear(layout)(x, values, bias))
+
+
+def test_explain():
+    assert set(explain("masked_linear")) == set(explain("sampled_matmul")) == {"cpu", "reference"}
+
+
+# ---- errors
+
+
+LAYOUT = make_layout(4, 6, 0.5)
+N = LAYOUT.nnz
+X, VALUES, BIAS, GRAD = make_inputs(LAYOUT, 3)
+ERRORS = {
+    "layout": (lambda: masked_linear(X, VALUES, "csr"), TypeError, "layout: expected MaskLayout, got str"),
+    "x shape": (
+        lambda: masked_linear(X[:, :5], VALUES, LAYOUT),
+        ValueError,
+        "x: expected tensor [..., 6], got 2-D float32 tensor [3, 5]",
+    ),
+    "x dtype": (
+        lambda: masked_linear(X.half(), VALUES.half(), LAYOUT),
+        TypeError,
+        "x: expected float32 or float64, got 2-D float16 tensor [3, 6]",
+    ),
+    "values shape": (
+        lambda: masked_linear(X, VALUES[1:], LAYOUT),
+        ValueError,
+        f"values: expected tensor [{N}], got 1-D float32 tensor [{N - 1}]",
+    ),
+    "values dtype": (
+        lambda: masked_linear(X, VALUES.double(), LAYOUT),
+        TypeError,
+        f"values: expected float32, like x, got 1-D float64 tensor [{N}]",
+    ),
+    "bias shape": (
+        lambda: masked_linear(X, VALUES, LAYOUT, BIAS[1:]),
+        ValueError,
+        "bias: expected tensor [4] or None, got 1-D float32 tensor [3]",
+    ),
+    "bias dtype": (
+        lambda: masked_linear(X, VALUES, LAYOUT, BIAS.double()),
+        TypeError,
+        "bias: expected float32, like x, got 1-D float64 tensor [4]",
+    ),
+    "values device": (
+        lambda: masked_linear(X, VALUES.to("meta"), LAYOUT),
+        ValueError,
+        "values: expected a tensor on cpu, like x, got one on meta",
+    ),
+    "layout device": (
+        lambda: masked_linear(X.to("meta"), VALUES.to("meta"), LAYOUT),
+        ValueError,
+        "layout: expected on meta, like x (layout.to(device)), got one on cpu",
+    ),
+    "backend": (
+        lambda: masked_linear(X, VALUES, LAYOUT, backend="gpu"),
+        ValueError,
+        "backend: expected one of cpu, reference or None, got 'gpu'",
+    ),
+    "sampled layout": (lambda: sampled_matmul(GRAD, X, None), TypeError, "layout: expected MaskLayout, got NoneType"),
+    "sampled a": (
+        lambda: sampled_matmul(GRAD[0], X, LAYOUT),
+        ValueError,
+        "a: expected 2-D tensor [batch, 4], got 1-D float32 tensor [4]",
+    ),
+    "sampled b": (
+        lambda: sampled_matmul(GRAD, GRAD, LAYOUT),
+        ValueError,
+        "b: expected 2-D tensor [batch, 6], got 2-D float32 tensor [3, 4]",
+    ),
+    "sampled batch": (lambda: sampled_matmul(GRAD, X[1:], LAYOUT), ValueError, "b: expected batch 3, as in a, got 2"),
+    "sampled dtype": (
+        lambda: sampled_matmul(GRAD.half(), X.half(), LAYOUT),
+        TypeError,
+        "a: expected float32 or float64, got 2-D float16 tensor [3, 4]",
+    ),
+    "sampled dtypes": (
+        lambda: sampled_matmul(GRAD, X.double(), LAYOUT),
+        TypeError,
+        "b: expected float32, like a, got 2-D float64 tensor [3, 6]",
+    ),
+    "sampled device": (
+        lambda: sampled_matmul(GRAD.to("meta"), X.to("meta"), LAYOUT),
+        ValueError,
+        "layout: expected on meta, like a (layout.to(device)), got one on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    call, error, message = ERRORS[case]
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == message
