@@ -48,7 +48,7 @@ def test_json_has_every_number(result):
     numbers = result.numbers
     assert set(numbers) == {"environment", "quick", "seconds", "a", "b", "c"}
     assert numbers["quick"] is True and numbers["environment"]["seed"] == 3
-    assert {"processor", "threads", "torch", "instruction_set"} <= set(numbers["environment"])
+    assert {"processor", "threads", "torch", "instruction set"} <= set(numbers["environment"])
     assert set(numbers["a"]) == {"rounds", "accuracy", "step_ms", "step_speedup", "bytes", "layer_density"}
     assert set(numbers["a"]["step_ms"]) == set(numbers["a"]["bytes"]) == {"dense", "W*M", "MaskedLinear"}
     assert set(numbers["b"]) == {"accuracy", "parameters", "density", "step_ms", "step_speedup"}

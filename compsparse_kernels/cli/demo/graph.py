@@ -161,7 +161,7 @@ def _section(layouts, order, shuffled, outcomes, seconds, digits) -> Section:
         Figure(
             "What one group of units sees at each level of the local graph (top) and of the permuted one (bottom), over"
             " a test digit: inputs it depends on are bright.",
-            _field_figure(layouts, order, shuffled, digits.test_x[len(digits.test_x) // 4]),
+            _field_figure(layouts, order, shuffled, digits.test_x[digits.test_y == 3][0]),
         ),
         Figure(
             "Test accuracy (one dot per seed), parameters, time of a training step.", _cost_figure(outcomes, seconds)

@@ -1,19 +1,19 @@
 """What a part of the demo hands over, and the two forms it is shown in: a rich table and one HTML file."""
 
 import base64
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
-from compsparse_kernels import __version__
 from compsparse_kernels.cli.demo.data import Digits
 from compsparse_kernels.cli.demo.training import median_ms, speedup
-from compsparse_kernels.ops.backends import cpu_isa
+from compsparse_kernels.cli.machine import describe_machine
+
+
+COLUMNS = ("", "measure", "this library", "against", "verdict")
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,20 @@ def size_row(measure: str, ours: float, peer_name: str, peer: float, unit: str) 
 
 def machine(seed: int) -> dict:
     """Where the numbers come from."""
+    here = describe_machine()
     return {
-        "processor": _processor(),
-        "instruction_set": cpu_isa() or "none (references in torch)",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "compsparse_kernels": __version__,
+        "processor": here["processor"],
+        "instruction set": here["instruction_set"] or "none (references in torch)",
+        "cores": here["cores"],
+        "threads": here["threads"],
+        **{name: here["versions"][name] for name in ("torch", "python", "compsparse_kernels")},
         "seed": seed,
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def summary_table(sections: Sequence[Section]) -> Table:
     table = Table(title="Compositional sparsity on real handwritten digits", title_style="bold", header_style="bold")
-    for name in ("", "measure", "compsparse_kernels", "against", "verdict"):
+    for name in COLUMNS:
         table.add_column(name)
     for section in sections:
         for number, row in enumerate(section.rows):
@@ -143,7 +134,7 @@ def _rows_html(rows: Sequence[tuple[str, Row]]) -> str:
         kind = "worse" if row.worse else "better"
         first = ' class="first"' if label else ""
         lines.append(f'<tr{first}><th>{label}</th>{cells}<td class="{kind}">{escape(row.verdict)}</td></tr>')
-    head = "".join(f"<th>{name}</th>" for name in ("", "measure", "compsparse_kernels", "against", "verdict"))
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
