@@ -12,7 +12,6 @@ from compsparse_kernels.cli.demo.data import Digits
 from compsparse_kernels.cli.demo.training import median_ms, speedup
 from compsparse_kernels.cli.machine import describe_machine
 
-
 COLUMNS = ("", "measure", "this library", "against", "verdict")
 
 
