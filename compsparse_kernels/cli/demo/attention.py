@@ -163,7 +163,7 @@ def _section(model, digits, accuracies, kept, seconds) -> Section:
             _support_figure(model, _examples(digits)),
         ),
         Figure(
-            "How many keys a query keeps, over all queries and heads of the test digits shown above and their like.",
+            f"How many keys a query keeps, over all queries and heads of {TIMED_BATCH} test digits.",
             _degree_figure(model, digits.test_x[:TIMED_BATCH]),
         ),
     ]
