@@ -51,6 +51,8 @@ def _run_parts(console: Console, report_dir: Path, seed: int, json_path: Path | 
         sections = [part.run(digits, seed, effort, stage) for part in (pruning, graph, attention)]
     seconds = time.perf_counter() - start
     environment = report.machine(seed)
+    if quick:
+        environment["mode"] = "quick, the numbers mean nothing"
     page = report_dir / REPORT_NAME
     report.write_html(page, sections, environment, digits, seconds)
     if json_path is not None:

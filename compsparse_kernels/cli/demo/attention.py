@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,11 +29,11 @@ TITLE = "Unknown graph in a transformer: thresholded attention"
 TEXT = (
     f"A transformer over {GRID} x {GRID} patches of {PATCH} x {PATCH} pixels and a class token ({TOKENS} tokens, width"
     f" {WIDTH}, {HEADS} heads, {DEPTH} layers) is trained from scratch with <code>ThresholdAttention</code>: query i"
-    f" attends to key j only where p<sub>ij</sub> &ge; {THRESHOLD:g} max<sub>j</sub> p<sub>ij</sub>, and the softmax runs"
-    f" over these keys. Training images are moved by up to {SHIFT} pixel at random.",
+    f" attends to key j only where p<sub>ij</sub> &ge; {THRESHOLD:g} max<sub>j</sub> p<sub>ij</sub>, and the softmax"
+    f" runs over these keys. Training images are moved by up to {SHIFT} pixel at random.",
     "Peers: the same trained weights with the full softmax, to see what was lost by dropping keys; and the same network"
     " trained alike with <code>nn.MultiheadAttention</code>. Finding the keys has a cost of its own, which pays"
-    f" where sequences are long and few keys survive; with {TOKENS} tokens there is little to win, and the time below says so.",
+    f" where sequences are long and few keys survive; {TOKENS} tokens are few.",
 )
 
 
@@ -53,7 +54,9 @@ class Block(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    def __init__(self, attention=partial(ThresholdAttention, threshold=THRESHOLD)):
+    """``attention(width, heads, batch_first=True)`` makes the attention of each layer."""
+
+    def __init__(self, attention: Callable[..., nn.Module]):
         super().__init__()
         self.embedding = nn.Linear(PATCH * PATCH, WIDTH)
         self.class_token = nn.Parameter(0.1 * torch.randn(WIDTH))
@@ -84,10 +87,10 @@ class PatchTransformer(nn.Module):
 
 
 def run(digits: Digits, seed: int, effort: Effort, stage: Stage) -> Section:
-    model = _fit(PatchTransformer, digits, effort, seed, stage, "(c) ThresholdAttention")
-    peer = _fit(
-        partial(PatchTransformer, nn.MultiheadAttention), digits, effort, seed, stage, "(c) nn.MultiheadAttention"
+    model = _fit(
+        partial(ThresholdAttention, threshold=THRESHOLD), digits, effort, seed, stage, "(c) ThresholdAttention"
     )
+    peer = _fit(nn.MultiheadAttention, digits, effort, seed, stage, "(c) nn.MultiheadAttention")
     stage.begin("(c) test and timing", 1)
     full = copy.deepcopy(model)
     for block in full.blocks:
@@ -113,10 +116,10 @@ def kept_per_layer(model: PatchTransformer, pixels: torch.Tensor) -> list[float]
     return [sum(layer) / len(pixels) for layer in zip(*densities, strict=True)]
 
 
-def _fit(build, digits, effort, seed, stage, title) -> PatchTransformer:
+def _fit(attention, digits, effort, seed, stage, title) -> PatchTransformer:
     stage.begin(title, effort.attention_epochs)
     torch.manual_seed(seed)
-    model = build()
+    model = PatchTransformer(attention)
     options = {"lr": LEARNING_RATE, "seed": seed, "tick": stage.tick, "batch": BATCH, "shift": SHIFT}
     train(model, digits, effort.attention_epochs, **options)
     return model.eval()
@@ -160,7 +163,7 @@ def _section(model, digits, accuracies, kept, seconds) -> Section:
             _support_figure(model, _examples(digits)),
         ),
         Figure(
-            "How many keys a query keeps, over all queries and heads of the test digits shown above and their like.",
+            f"How many keys a query keeps, over all queries and heads of {TIMED_BATCH} test digits.",
             _degree_figure(model, digits.test_x[:TIMED_BATCH]),
         ),
     ]
@@ -205,8 +208,8 @@ def _support_figure(model: PatchTransformer, pixels: torch.Tensor) -> bytes:
 
 def _overlay(axes, digit: torch.Tensor, weight: torch.Tensor) -> None:
     """The digit in grey under a heat map of ``weight [patches]``."""
-    spread = weight.view(GRID, GRID).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
-    axes.imshow(spread.sqrt(), cmap="inferno", vmin=0, vmax=max(float(spread.max()) ** 0.5, 1e-6))
+    spread = weight.view(GRID, GRID).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
+    axes.imshow(spread**0.5, cmap="inferno", vmin=0)
     axes.contour(figures.image(digit), levels=[0.5], colors="white", linewidths=0.8)
     kept = int((weight > 0).sum())
     figures.bare(axes, f"{kept} of {GRID * GRID} patches", 7)

@@ -52,7 +52,8 @@ def load_digits(per_class: int = 500) -> Digits:
         cut = len(chosen) * 4 // 5
         train.append(chosen[:cut])
         test.append(chosen[cut:])
-    train, test = np.concatenate(train), np.concatenate(test)
+    # Mixed, so that any first so many digits are of all classes.
+    train, test = (generator.permutation(np.concatenate(part)) for part in (train, test))
     mean, deviation = pixels[train].mean(), pixels[train].std()
     images = torch.from_numpy(((pixels - mean) / deviation).astype(np.float32))
     classes = torch.from_numpy(labels.astype(np.int64))

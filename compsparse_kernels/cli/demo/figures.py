@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
@@ -31,9 +32,9 @@ def bare(axes, title: str = "", size: float = 9) -> None:
         axes.set_title(title, fontsize=size)
 
 
-def image(pixels: torch.Tensor) -> torch.Tensor:
+def image(pixels: torch.Tensor) -> np.ndarray:
     """A row of pixels ``[784]`` as an image ``[28, 28]``."""
-    return pixels.detach().reshape(SIDE, SIDE)
+    return pixels.detach().reshape(SIDE, SIDE).numpy()
 
 
 def light_frame(axes) -> None:

@@ -37,8 +37,8 @@ TEXT = (
     f" until {DENSITIES[-1]:.0%} of the weights are left.",
     "After each round <code>prune.convert</code> puts <code>MaskedLinear</code> layers in place of the dense ones: the"
     " product and both gradients touch surviving weights only, and weights, gradients and Adam's state exist only for"
-    " them. The peer <code>W*M</code> is torch's own <code>torch.nn.utils.prune</code>, with the same masks and the same"
-    " start: it multiplies a dense weight by a 0/1 mask, so it keeps, computes and updates everything.",
+    " them. The peer <code>W*M</code> is torch's own <code>torch.nn.utils.prune</code>, with the same masks and the"
+    " same start: it multiplies a dense weight by a 0/1 mask, so it keeps, computes and updates everything.",
 )
 
 

@@ -1,19 +1,18 @@
 """What a part of the demo hands over, and the two forms it is shown in: a rich table and one HTML file."""
 
 import base64
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
-from compsparse_kernels import __version__
 from compsparse_kernels.cli.demo.data import Digits
 from compsparse_kernels.cli.demo.training import median_ms, speedup
-from compsparse_kernels.ops.backends import cpu_isa
+from compsparse_kernels.cli.machine import describe_machine
+
+COLUMNS = ("", "measure", "this library", "against", "verdict")
 
 
 @dataclass(frozen=True)
@@ -65,29 +64,20 @@ def size_row(measure: str, ours: float, peer_name: str, peer: float, unit: str) 
 
 def machine(seed: int) -> dict:
     """Where the numbers come from."""
+    here = describe_machine()
     return {
-        "processor": _processor(),
-        "instruction_set": cpu_isa() or "none (references in torch)",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "compsparse_kernels": __version__,
+        "processor": here["processor"],
+        "instruction set": here["instruction_set"] or "none (references in torch)",
+        "cores": here["cores"],
+        "threads": here["threads"],
+        **{name: here["versions"][name] for name in ("torch", "python", "compsparse_kernels")},
         "seed": seed,
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def summary_table(sections: Sequence[Section]) -> Table:
     table = Table(title="Compositional sparsity on real handwritten digits", title_style="bold", header_style="bold")
-    for name in ("", "measure", "compsparse_kernels", "against", "verdict"):
+    for name in COLUMNS:
         table.add_column(name)
     for section in sections:
         for number, row in enumerate(section.rows):
@@ -101,6 +91,7 @@ def write_html(path: Path, sections: Sequence[Section], environment: dict, digit
     """One file that needs nothing else: the figures are inside."""
     facts = " · ".join(f"{escape(name)} <b>{escape(str(value))}</b>" for name, value in environment.items())
     train, test = len(digits.train_y), len(digits.test_y)
+    error = 100 * (0.95 * 0.05 / test) ** 0.5  # binomial, in points
     body = "\n".join(_section_html(section) for section in sections)
     path.write_text(
         f"""<!doctype html>
@@ -111,8 +102,8 @@ def write_html(path: Path, sections: Sequence[Section], environment: dict, digit
 handwritten digits of MNIST ({train} for training, {test} for the test), in {seconds:.0f} seconds on this machine:</p>
 <p class="facts">{facts}</p></header>
 <section><h2>All numbers</h2>{_rows_html([(s.key, row) for s in sections for row in s.rows])}
-<p class="note">Times are medians over rounds in which both sides ran in turn; the verdict on a time is the median of the
-rounds' ratios. On {test} test digits, one standard error of an accuracy near 95 % is {100 * (0.95 * 0.05 / test) ** 0.5:.1f} points. What is
+<p class="note">Times are medians over rounds in which both sides ran in turn; the verdict on a time is the median of
+the rounds' ratios. On {test} test digits, one standard error of an accuracy near 95 % is {error:.1f} points. What is
 worse than the peer is printed in red.</p></section>
 {body}
 </main></body></html>
@@ -128,8 +119,9 @@ def _section_html(section: Section) -> str:
         f'{base64.b64encode(figure.png).decode()}"><figcaption>{escape(figure.caption)}</figcaption></figure>'
         for figure in section.figures
     )
-    title = f"({section.key}) {escape(section.title)}"
-    return f'<section id="{section.key}"><h2>{title}</h2>{text}{_rows_html([("", r) for r in section.rows])}{figures}</section>'
+    title = f"<h2>({section.key}) {escape(section.title)}</h2>"
+    rows = _rows_html([("", row) for row in section.rows])
+    return f'<section id="{section.key}">{title}{text}{rows}{figures}</section>'
 
 
 def _rows_html(rows: Sequence[tuple[str, Row]]) -> str:
@@ -141,7 +133,7 @@ def _rows_html(rows: Sequence[tuple[str, Row]]) -> str:
         kind = "worse" if row.worse else "better"
         first = ' class="first"' if label else ""
         lines.append(f'<tr{first}><th>{label}</th>{cells}<td class="{kind}">{escape(row.verdict)}</td></tr>')
-    head = "".join(f"<th>{name}</th>" for name in ("", "measure", "compsparse_kernels", "against", "verdict"))
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -149,7 +141,8 @@ _STYLE = """
 :root { --ink: #1d2330; --soft: #5c6577; --line: #dfe3ea; --worse: #b3261e; --better: #1b6e3c }
 body { margin: 0; background: #f5f6f8; color: var(--ink); font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .6rem 1.6rem 1.4rem; margin-top: 1.6rem }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px }
+section { padding: .6rem 1.6rem 1.4rem; margin-top: 1.6rem }
 h1 { font-size: 1.9rem; margin: .4rem 0 }
 h2 { font-size: 1.25rem }
 p { max-width: 46rem }

@@ -103,7 +103,7 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 
 
 def time_steps(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, all of them in turn in every round (ABCABC...), so that a pair shares the machine's mood."""
+    """Seconds of each step, all of them in turn in every round (ABCABC...), so that pairs share the machine's mood."""
     for step in steps.values():
         step()
         step()
