@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml asks for, all extras included, but torch: the Makefile installs the build it pins first."""
+"""Prints what pyproject.toml asks for, all extras included, but torch: the Makefile installs the one it pins first."""
 
 import tomllib
 from pathlib import Path

@@ -78,9 +78,6 @@ def _sharpness(query: torch.Tensor, key: torch.Tensor, share: float) -> float:
     return high
 
 
-# ---- what each side computes
-
-
 @dataclass(frozen=True)
 class _Attention:
     """One kind of attention: ways to compute it, and its meaning as a function of the scores."""
@@ -151,9 +148,6 @@ def _entmax_weights(scores: torch.Tensor, power: int) -> torch.Tensor:
 def _above_tau(scores: torch.Tensor, power: int) -> torch.Tensor:
     z = scores.double() / power
     return (z - attention_peers.bisected_tau(z, power, bisections=60)).to(scores.dtype)
-
-
-# ---- comparison
 
 
 class _OneHead:

@@ -40,9 +40,6 @@ _KNOWN_ISAS = ("scalar", "avx2", "avx512")
 ISAS = _KNOWN_ISAS[: _KNOWN_ISAS.index(cpu_isa()) + 1] if cpu_isa() else ()
 
 
-# ---- inputs
-
-
 def random_tensor(
     *shape: int,
     dtype: torch.dtype = torch.float32,
@@ -75,9 +72,6 @@ def random_tensor(
 def random_mask(rows: int, columns: int, density: float = 0.4, seed: int = 0) -> torch.Tensor:
     """bool ``[rows, columns]`` with each entry set independently."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
-
-
-# ---- the error budget
 
 
 def budget_used(
@@ -123,9 +117,6 @@ def assert_within_budget(
 
 def _largest(tensor: torch.Tensor) -> float:
     return float(tensor.detach().abs().max())
-
-
-# ---- threads, processes
 
 
 @contextmanager

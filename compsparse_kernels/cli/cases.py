@@ -45,9 +45,6 @@ def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
 
 
-# ---- block-sparse linear
-
-
 def _block_sparse_cases() -> Iterator[Case]:
     for batch, features, block, activation in (
         (1, (64, 96), (32, 32), None),
@@ -100,9 +97,6 @@ def _sampled_blocks(name: str, batch: int, layout: BlockLayout) -> Case:
     )
 
 
-# ---- masked linear
-
-
 def _masked_cases() -> Iterator[Case]:
     for batch, features, density, kind in (
         (1, (96, 64), 0.1, "csr"),
@@ -127,9 +121,6 @@ def _masked_cases() -> Iterator[Case]:
             lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout),
             lambda a, b, layout=layout: layout.pack(a.mT @ b),
         )
-
-
-# ---- threshold attention
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -83,8 +83,6 @@ class BlockLayout:
         object.__setattr__(self, "num_slots", _count_slots(slot, len(idx)))
         object.__setattr__(self, "by_input", by_input)
 
-    # ---- construction
-
     @classmethod
     def from_mask(
         cls,
@@ -175,8 +173,6 @@ class BlockLayout:
         layout = cls(*map(int, weight.shape), tuple(map(int, weight.blocksize)), _own_slots(ptr, idx))
         return layout, torch.from_numpy(weight.data.copy())
 
-    # ---- what it is
-
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of blocks."""
@@ -255,8 +251,6 @@ class BlockLayout:
         for name in ("by_output", "by_input"):
             object.__setattr__(other, name, BlockOrder(*(part.to(device) for part in getattr(self, name))))
         return other
-
-    # ---- dense weights in and out
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """``[out, in]`` -> values ``[num_slots, block_out, block_in]``; what lies outside the blocks is dropped.

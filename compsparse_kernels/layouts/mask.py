@@ -117,8 +117,6 @@ class MaskLayout:
     def _check_dense(self):
         _check_mask(self.mask, (self.out_features, self.in_features))
 
-    # ---- construction
-
     @classmethod
     def from_mask(
         cls, mask: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
@@ -168,8 +166,6 @@ class MaskLayout:
         weight.sort_indices()
         ptr, idx = torch.from_numpy(weight.indptr.astype(np.int64)), torch.from_numpy(weight.indices.astype(np.int32))
         return cls(*map(int, weight.shape), "csr", MaskOrder(ptr, idx, None)), torch.from_numpy(weight.data.copy())
-
-    # ---- what it is
 
     @cached_property
     def nnz(self) -> int:
@@ -242,8 +238,6 @@ class MaskLayout:
     def masked(self, values: torch.Tensor) -> torch.Tensor:
         """Values with zero where the mask drops, even if what is there is not finite; kind csr has no such places."""
         return values if self.mask is None else torch.where(self.mask, values, values.new_zeros(()))
-
-    # ---- dense weights in and out
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is zero there (block, dense) or not

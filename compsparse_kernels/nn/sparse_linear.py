@@ -68,8 +68,6 @@ class SparseLinear(nn.Module):
         """The dense weight ``[out_features, in_features]``, made anew at each access (writing into it is lost)."""
         return self.layout.unpack(self.values)
 
-    # ---- to and from nn.Linear
-
     @classmethod
     def _copy_of(cls, linear, *args, **options):
         """A layer made by ``cls(in, out, *args)`` with the parameters of ``linear``, on its device."""
@@ -96,8 +94,6 @@ class SparseLinear(nn.Module):
                 linear.bias.requires_grad_(self.bias.requires_grad)
         linear.weight.requires_grad_(self.values.requires_grad)
         return linear.train(self.training)
-
-    # ---- moves and state dicts
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -103,8 +103,6 @@ class ThresholdAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    # ---- to and from nn.MultiheadAttention
-
     @classmethod
     def from_multihead_attention(
         cls, mha: nn.MultiheadAttention, threshold: float = 0.01, rule: str = "relative"
@@ -124,8 +122,6 @@ class ThresholdAttention(nn.Module):
         options = {"kdim": self.kdim, "vdim": self.vdim, "batch_first": self.batch_first}
         options["bias"] = self.in_proj_bias is not None
         return _copy_parameters(self, nn.MultiheadAttention, self.embed_dim, self.num_heads, **options)
-
-    # ---- attention
 
     def forward(
         self,

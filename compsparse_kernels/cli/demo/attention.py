@@ -139,9 +139,6 @@ def _time(model: PatchTransformer, pixels: torch.Tensor, rounds: int) -> dict[st
     return seconds
 
 
-# ---- what came out
-
-
 def _section(model, digits, accuracies, kept, seconds) -> Section:
     ours = "ThresholdAttention"
     section = Section("c", TITLE, TEXT)

@@ -94,9 +94,6 @@ def run(digits: Digits, seed: int, effort: Effort, stage: Stage) -> Section:
     return _section(layouts, order, shuffled, outcomes, seconds, digits)
 
 
-# ---- the graph
-
-
 def patch_order() -> torch.Tensor:
     """The pixels ``[784]`` patch after patch, so that a patch is a block of inputs."""
     side = SIDE // PATCH
@@ -141,9 +138,6 @@ def fields(layouts: list[BlockLayout], order: torch.Tensor, group: tuple[float, 
         seen[order] = reached[row * level.groups + column] > 0
         images.append(seen)
     return images
-
-
-# ---- what came out
 
 
 def _section(layouts, order, shuffled, outcomes, seconds, digits) -> Section:
