@@ -1,7 +1,8 @@
-// Epilogues: y = act(y + bias), with relu, gelu (exact, by erf) or silu.
+// Epilogues: relu, gelu (exact, by erf) and silu.
 #pragma once
 
 #include "kernels.h"
+#include "shuffle.h"
 #include "vector_math.h"
 
 namespace {
@@ -21,19 +22,12 @@ COMPSPARSE_INLINE Vec<T, L> activate(Vec<T, L> z, compsparse::Activation activat
   }
 }
 
-// One row of outputs; bias perhaps null.
 template <typename T, int L>
-COMPSPARSE_INLINE void add_bias_and_activate(T* y, const T* bias, int64_t count, compsparse::Activation activation) {
+COMPSPARSE_INLINE void activate_row(T* y, int64_t count, compsparse::Activation activation) {
   int64_t i = 0;
-  for (; i + L <= count; i += L) {
-    Vec<T, L> z = load<T, L>(y + i);
-    if (bias) z += load<T, L>(bias + i);
-    store<T, L>(y + i, activate<T, L>(z, activation));
-  }
-  if (i == count) return;
-  Vec<T, L> z = {};
-  for (int64_t k = 0; k < count - i; ++k) z[k] = y[i + k] + (bias ? bias[i + k] : T(0));
-  store_partial<T, L>(y + i, activate<T, L>(z, activation), count - i);
+  for (; i + L <= count; i += L) store<T, L>(y + i, activate<T, L>(load<T, L>(y + i), activation));
+  if (i < count)
+    store_partial<T, L>(y + i, activate<T, L>(load_partial<T, L>(y + i, count - i), activation), count - i);
 }
 
 }  // namespace

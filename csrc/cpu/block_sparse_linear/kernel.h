@@ -91,25 +91,38 @@ struct RowTask {
   const T* weights;     // [k, outputs] of entry e begins at weights + (slot ? slot[e] : e) * weights_size
   const int32_t* slot;  // null where the entries lie one after another
   int64_t weights_size, weights_stride;
-  T* y;  // [batch, outputs] of this block row, y_stride apart
+  const T* bias;  // null where there is none
+  T* y;           // [batch, outputs] of this block row, y_stride apart
   int64_t y_stride;
   int64_t batch, outputs, block_in, in_features;
+  bool relu;
 };
 
 template <typename T, int L, int R, int M>
 void product_tile(const RowTask<T>& t, int64_t n, int64_t panel) {
-  Vec<T, L> acc[M][R] = {};
   const int64_t x_step = t.x_row_step, y_step = t.y_stride, outputs = t.outputs - panel;
+  const bool whole = outputs >= R * L;
   const T* x = t.x + n * x_step;
   T* y = t.y + n * y_step + panel;
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
-      __builtin_prefetch(y + m * y_step + r * L, 1);
+  Vec<T, L> acc[M][R];
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+    Vec<T, L> bias = {};
+    if (t.bias) {
+      const T* from = t.bias + panel + r * L;
+      bias = whole ? load<T, L>(from) : load_partial<T, L>(from, outputs - r * L);
+    }
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) acc[m][r] = bias;
+  }
   for (int64_t e = 0; e < t.entries; ++e) {
     const T* weights = t.weights + (t.slot ? t.slot[e] : e) * t.weights_size + panel;
     const int64_t depth = min64(t.block_in, t.in_features - t.idx[e] * t.block_in);
     multiply_accumulate<T, L, R, M>(x + t.idx[e] * t.x_column_step, x_step, weights, t.weights_stride, depth, acc);
   }
-  if (outputs >= R * L) {
+  if (t.relu) {
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
+        activate<T, L>(acc[m][r], Activation::relu);
+  }
+  if (whole) {
     COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r)
         store<T, L>(y + m * y_step + r * L, acc[m][r]);
     return;
@@ -137,11 +150,10 @@ void product_panels(const RowTask<T>& t, int64_t panel) {
   }
 }
 
-// Bias and activation of one block row, while it is still in cache.
+// gelu and silu of one block row, while it is still in cache: in the tile they would need its registers.
 template <typename T, int L>
-__attribute__((noinline)) void epilogue(const RowTask<T>& t, const T* bias, Activation activation) {
-  if (!bias && activation == Activation::none) return;
-  for (int64_t n = 0; n < t.batch; ++n) add_bias_and_activate<T, L>(t.y + n * t.y_stride, bias, t.outputs, activation);
+__attribute__((noinline)) void epilogue(const RowTask<T>& t, Activation activation) {
+  for (int64_t n = 0; n < t.batch; ++n) activate_row<T, L>(t.y + n * t.y_stride, t.outputs, activation);
 }
 
 // Batch rows of which inputs and outputs fill half of a second-level cache (1 MB), in whole tiles of any height.
@@ -214,7 +226,8 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
                   .weights_stride = round_up(p.block_out, L),
                   .y_stride = p.out_features,
                   .block_in = p.block_in,
-                  .in_features = p.in_features};
+                  .in_features = p.in_features,
+                  .relu = p.activation == Activation::relu};
   for (int64_t n = batch.begin; n < batch.end; n += step) {
     t.batch = min64(step, batch.end - n);
     t.x = p.x + n * p.in_features;
@@ -231,10 +244,11 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
       t.weights = packed_size ? packed + first * packed_size : p.values;
       t.slot = packed_size ? nullptr : p.slot + first;
       if (packed_size) t.weights_size = packed_size;
+      t.bias = p.bias ? p.bias + out : nullptr;
       t.outputs = min64(p.block_out, p.out_features - out);
       t.y = p.y + n * p.out_features + out;
       product_panels<T, L, Target::MaxVectors, Target>(t, 0);
-      epilogue<T, Target::MaxLanes>(t, p.bias ? p.bias + out : nullptr, p.activation);
+      if (p.activation != Activation::none && !t.relu) epilogue<T, Target::MaxLanes>(t, p.activation);
     }
   }
 }
