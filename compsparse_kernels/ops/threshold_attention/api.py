@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from compsparse_kernels.layouts import AttentionSupport
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.threshold_attention import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -83,7 +83,7 @@ def threshold_attention(
         >>> out.shape, support.degree.shape, support.density < 1
         (torch.Size([2, 4, 32, 16]), torch.Size([2, 4, 32]), True)
     """
-    if isinstance(query, torch.Tensor) and torch.is_autocast_enabled(query.device.type):
+    if autocasts(query):
         kwargs = {"rule": rule, "weights": weights, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
         kwargs |= {"scale": scale, "enable_gqa": enable_gqa, "return_support": return_support, "backend": backend}
         return _under_autocast(query, key, value, attn_bias, threshold=threshold, **kwargs)
