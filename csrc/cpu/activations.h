@@ -16,7 +16,7 @@ COMPSPARSE_INLINE Vec<T, L> activate(Vec<T, L> z, compsparse::Activation activat
     case Activation::gelu:
       return z * T(0.5) * (1 + vector_erf<L>(z * T(0.70710678118654752440)));
     case Activation::silu:
-      return z / (1 + vector_exp<L>(-z));
+      return z / (1 + vector_exp<T, L>(-z));
     default:
       return z;
   }

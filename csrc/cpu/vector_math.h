@@ -1,5 +1,4 @@
-// exp and erf on vectors. In float32 by polynomials fitted to mpmath (Chebyshev nodes), within 2 units in the last
-// place; in float64 lane by lane from libm.
+// exp and erf on vectors, within two units in the last place. erf in float64 is libm's, lane by lane.
 #pragma once
 
 #include "simd.h"
@@ -13,23 +12,51 @@ COMPSPARSE_INLINE Vec<float, L> polynomial(Vec<float, L> x, const float* coeffic
   return sum;
 }
 
-// e^x = 2^n e^r, |r| <= log(2) / 2. Overflows to infinity, underflows to zero, keeps NaN.
-template <int L>
-COMPSPARSE_INLINE Vec<float, L> vector_exp(Vec<float, L> x) {
-  constexpr float coefficients[] = {1.f, 1.f, 0.5f, 0.166664153f, 0.0416662171f, 0.00837513525f, 0.00139485905f};
-  constexpr float round_to_int = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  constexpr float largest = 88.7228394f, smallest = -87.3365479f;
-  const Vec<float, L> clamped = x > largest ? x * 0 + largest : (x < smallest ? x * 0 + smallest : x);
-  const Vec<float, L> shifted = clamped * 1.44269504f + round_to_int;
-  const Vec<float, L> n = shifted - round_to_int;
-  const Vec<float, L> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  // Two factors, since 2^128 is no float: n / 2 rounded down, and the rest.
-  const Vec<int32_t, L> bits = (Vec<int32_t, L>)shifted - 0x4b400000, half = bits >> 1;
-  const Vec<float, L> scale = (Vec<float, L>)((half + 127) << 23), rest = (Vec<float, L>)((bits - half + 127) << 23);
-  const Vec<float, L> e = polynomial<L>(r, coefficients, 6) * scale * rest;
-  const Vec<float, L> zero = {}, infinity = zero + __builtin_inff();
-  const Vec<float, L> result = x > largest ? infinity : (x < smallest ? zero : e);
-  return x == x ? result : x;
+template <typename T>
+struct ExpConstants;
+
+// ln2_high has so few bits that its product with an exponent is exact; `shifter` rounds to an integer by being added;
+// the Taylor polynomial of |r| <= log(2) / 2 ends below half a unit in the last place.
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int terms = 7, mantissa_bits = 23, exponent_bias = 127;
+  static constexpr float lowest = -104.0f, highest = 88.7228394f, shifter = 12582912.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int terms = 13, mantissa_bits = 52, exponent_bias = 1023;
+  static constexpr double lowest = -746.0, highest = 709.78271289338397, shifter = 6755399441055744.0;
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+};
+
+// e^x = 2^n e^r, for x up to where it overflows; gradual underflow and NaN included.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> exp_below_overflow(Vec<T, L> x) {
+  using C = ExpConstants<T>;
+  using Ints = Vec<typename C::Int, L>;
+  x = x < C::lowest ? Vec<T, L>{} + C::lowest : x;
+  const Vec<T, L> shifted = x * T(1.44269504088896340736) + C::shifter, n = shifted - C::shifter;
+  const Vec<T, L> r = x - n * C::ln2_high - n * C::ln2_low;
+  T factorial = 1;
+  T inverse[C::terms + 1] = {1};
+  COMPSPARSE_UNROLL for (int k = 1; k <= C::terms; ++k) inverse[k] = 1 / (factorial *= T(k));
+  Vec<T, L> p = Vec<T, L>{} + inverse[C::terms];
+  COMPSPARSE_UNROLL for (int k = C::terms - 1; k >= 0; --k) p = p * r + inverse[k];
+  // Two factors, since neither 2^128 nor the least subnormal is a power the exponent bits can hold.
+  const Ints exponent = (Ints)shifted - (Ints)(Vec<T, L>{} + C::shifter), half = exponent >> 1;
+  const auto power_of_two = [](Ints e) { return (Vec<T, L>)((e + C::exponent_bias) << C::mantissa_bits); };
+  return p * power_of_two(half) * power_of_two(exponent - half);
+}
+
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> vector_exp(Vec<T, L> x) {
+  using C = ExpConstants<T>;
+  const Vec<T, L> e = exp_below_overflow<T, L>(x > C::highest ? Vec<T, L>{} : x);
+  return x > C::highest ? Vec<T, L>{} + T(__builtin_inf()) : e;
 }
 
 // |x| <= 1: x P(x^2); beyond: 1 - e^Q(|x|) with Q = log erfc, up to where erf rounds to 1.
@@ -41,15 +68,9 @@ COMPSPARSE_INLINE Vec<float, L> vector_erf(Vec<float, L> x) {
                            -0.00474022236f, 0.000592769531f, -4.55906229e-05f, 1.6140616e-06f};
   const Vec<float, L> zero = {}, size = x < 0 ? -x : x, bounded = size > 4 ? zero + 4 : size;
   const Vec<float, L> inner = x + x * polynomial<L>(x * x, near, 6);
-  const Vec<float, L> outer = 1 - vector_exp<L>(polynomial<L>(bounded, far, 8));
+  const Vec<float, L> outer = 1 - vector_exp<float, L>(polynomial<L>(bounded, far, 8));
   const Vec<float, L> result = size <= 1 ? inner : (x < 0 ? -outer : outer);
   return x == x ? result : x;
-}
-
-template <int L>
-COMPSPARSE_INLINE Vec<double, L> vector_exp(Vec<double, L> x) {
-  for (int i = 0; i < L; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
 }
 
 template <int L>

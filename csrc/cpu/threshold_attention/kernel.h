@@ -237,7 +237,7 @@ void softmax(T* scores, int64_t count, T top) {
   Vec<T, L> total = {};
   for (int64_t e = 0; e < count; e += L) {
     const int64_t valid = min64(L, count - e);
-    Vec<T, L> weight = exp_negative<T, L>(load<T, L>(scores + e) - top);
+    Vec<T, L> weight = exp_below_overflow<T, L>(load<T, L>(scores + e) - top);
     for (int64_t lane = valid; lane < L; ++lane) weight[lane] = 0;
     store<T, L>(scores + e, weight);
     total += weight;

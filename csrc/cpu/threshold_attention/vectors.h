@@ -1,12 +1,12 @@
-// What threshold attention needs beyond csrc/cpu/simd.h: horizontal sums, comparison to bits, compaction, exp, and sums
-// over gathered rows.
+// What threshold attention needs beyond csrc/cpu/simd.h: horizontal sums, comparison to bits, compaction, and sums over
+// gathered rows.
 #pragma once
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#include "../simd.h"
+#include "../vector_math.h"
 
 namespace {
 
@@ -96,45 +96,6 @@ COMPSPARSE_INLINE void compress_columns(int32_t first, uint32_t bits, int32_t* t
   }
 #endif
   for (; bits; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
-}
-
-template <typename T>
-struct ExpConstants;
-
-// ln2_high has so few bits that its product with an exponent is exact; `shifter` rounds to an integer by being added;
-// the Taylor polynomial of |r| <= log(2) / 2 ends below half a unit in the last place.
-template <>
-struct ExpConstants<float> {
-  using Int = int32_t;
-  static constexpr int terms = 7, mantissa_bits = 23, exponent_bias = 127;
-  static constexpr float lowest = -104.0f, shifter = 12582912.0f;
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-};
-
-template <>
-struct ExpConstants<double> {
-  using Int = int64_t;
-  static constexpr int terms = 13, mantissa_bits = 52, exponent_bias = 1023;
-  static constexpr double lowest = -746.0, shifter = 6755399441055744.0;
-  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-};
-
-// e^x for x <= 0 (a little above is fine), gradual underflow included; about one unit in the last place.
-template <typename T, int L>
-COMPSPARSE_INLINE Vec<T, L> exp_negative(Vec<T, L> x) {
-  using C = ExpConstants<T>;
-  using Ints = Vec<typename C::Int, L>;
-  x = x < C::lowest ? Vec<T, L>{} + C::lowest : x;
-  const Vec<T, L> shifted = x * T(1.44269504088896340736) + C::shifter, n = shifted - C::shifter;
-  const Vec<T, L> r = x - n * C::ln2_high - n * C::ln2_low;
-  T factorial = 1;
-  T inverse[C::terms + 1] = {1};
-  COMPSPARSE_UNROLL for (int k = 1; k <= C::terms; ++k) inverse[k] = 1 / (factorial *= T(k));
-  Vec<T, L> p = Vec<T, L>{} + inverse[C::terms];
-  COMPSPARSE_UNROLL for (int k = C::terms - 1; k >= 0; --k) p = p * r + inverse[k];
-  const Ints exponent = (Ints)shifted - (Ints)(Vec<T, L>{} + C::shifter), half = exponent >> 1;
-  const auto power_of_two = [](Ints e) { return (Vec<T, L>)((e + C::exponent_bias) << C::mantissa_bits); };
-  return p * power_of_two(half) * power_of_two(exponent - half);
 }
 
 // to[0..width) = factor * sum over e of weights[e] * rows[columns[e]], added in the order of e.
