@@ -74,6 +74,20 @@ def random_mask(rows: int, columns: int, density: float = 0.4, seed: int = 0) ->
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
 
 
+def attention_inputs(
+    batch, heads, queries, keys, width, value_width=None, kv_heads=None, dtype=torch.float32, seed=0, grad=False
+):
+    """Query (scaled so that supports are small), key and value."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch, heads, queries, width),
+        (batch, kv_heads or heads, keys, width),
+        (batch, kv_heads or heads, keys, value_width or width),
+    ]
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return [tensor.requires_grad_(grad) for tensor in (query * 2, key, value)]
+
+
 def budget_used(
     ours: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None = None
 ) -> float:

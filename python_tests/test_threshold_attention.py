@@ -1,4 +1,4 @@
-"""Thresholded attention against its float64 reference: outputs, supports, gradients, contract, errors."""
+"""Thresholded attention against its float64 reference: outputs, supports, gradients, threads, instruction sets."""
 
 import os
 import subprocess
@@ -11,24 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compsparse_kernels import explain, threshold_attention
+from compsparse_kernels import threshold_attention
 from compsparse_kernels.ops.backends import cpu_isa
+from compsparse_kernels.testing import attention_inputs
 
 RULES = [("relative", 0.05), ("relative", 0.5), ("relative", 1.0), ("absolute", 0.5)]
 DTYPES = [torch.float32, torch.float64]
 ROOT = Path(__file__).parents[1]
-
-
-def make(batch, heads, queries, keys, width, value_width=None, kv_heads=None, dtype=torch.float32, seed=0, grad=False):
-    """Query (scaled so that supports are small), key and value."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (batch, heads, queries, width),
-        (batch, kv_heads or heads, keys, width),
-        (batch, kv_heads or heads, keys, value_width or width),
-    ]
-    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return [tensor.requires_grad_(grad) for tensor in (query * 2, key, value)]
 
 
 def run(tensors, bias=None, **options):
@@ -89,40 +78,37 @@ def check(tensors, bias=None, **options):
     return support
 
 
-# ---- values and gradients
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rule", "threshold"), RULES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_reference(dtype, rule, threshold, causal):
-    support = check(make(2, 3, 33, 33, 20, dtype=dtype), threshold=threshold, rule=rule, is_causal=causal)
+    support = check(attention_inputs(2, 3, 33, 33, 20, dtype=dtype), threshold=threshold, rule=rule, is_causal=causal)
     assert support.density < 0.9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 8, 20, 64, 96, 256])
 def test_widths(width, dtype):
-    check(make(1, 2, 33, 130, width, value_width=width + 3, dtype=dtype), threshold=0.1)
-    check(make(1, 2, 7, 33, 16, value_width=width, dtype=dtype), threshold=0.1)
+    check(attention_inputs(1, 2, 33, 130, width, value_width=width + 3, dtype=dtype), threshold=0.1)
+    check(attention_inputs(1, 2, 7, 33, 16, value_width=width, dtype=dtype), threshold=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 7, 33, 130])
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths(tokens, dtype, causal):
-    check(make(2, 2, tokens, tokens, 8, dtype=dtype), threshold=0.1, is_causal=causal)
+    check(attention_inputs(2, 2, tokens, tokens, 8, dtype=dtype), threshold=0.1, is_causal=causal)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 130), (130, 1), (33, 70), (70, 33), (25, 2500)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_cross_attention(queries, keys, causal):
-    check(make(1, 2, queries, keys, 16), threshold=0.1, is_causal=causal)
+    check(attention_inputs(1, 2, queries, keys, 16), threshold=0.1, is_causal=causal)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (4, 4)])
 def test_grouped_queries(heads, kv_heads):
-    check(make(2, heads, 33, 40, 16, kv_heads=kv_heads), threshold=0.1, enable_gqa=True)
+    check(attention_inputs(2, heads, 33, 40, 16, kv_heads=kv_heads), threshold=0.1, enable_gqa=True)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +117,7 @@ def test_grouped_queries(heads, kv_heads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_bias(shape, dtype):
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    tensors = make(2, 4, 33, 40, 16, dtype=dtype)
+    tensors = attention_inputs(2, 4, 33, 40, 16, dtype=dtype)
     check(tensors, bias, threshold=0.1)
     check(tensors, bias, threshold=0.5, rule="absolute", is_causal=True)
 
@@ -139,39 +125,39 @@ def test_float_bias(shape, dtype):
 def test_one_bias_for_all():
     """Its gradient is zero in exact arithmetic, and the sum of many numbers that are not."""
     bias = torch.zeros(1, requires_grad=True)
-    out = threshold_attention(*make(2, 4, 33, 40, 16), threshold=0.1, attn_bias=bias)
+    out = threshold_attention(*attention_inputs(2, 4, 33, 40, 16), threshold=0.1, attn_bias=bias)
     assert torch.autograd.grad(out.square().sum(), bias)[0].abs() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 33, 40), (33, 40), (2, 1, 1, 40)])
 def test_bool_bias(shape):
     bias = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
-    support = check(make(2, 4, 33, 40, 16), bias, threshold=0.1)
+    support = check(attention_inputs(2, 4, 33, 40, 16), bias, threshold=0.1)
     assert not (support.to_mask() & ~bias).any()
 
 
 def test_bias_of_negative_infinity_hides_keys():
     bias = torch.zeros(33, 40).masked_fill(torch.rand(33, 40) > 0.5, -torch.inf)
-    tensors = make(1, 2, 33, 40, 16)
+    tensors = attention_inputs(1, 2, 33, 40, 16)
     out = threshold_attention(*tensors, threshold=0.1, attn_bias=bias)
     assert torch.equal(out, threshold_attention(*tensors, threshold=0.1, attn_bias=bias == 0))
 
 
 def test_bias_is_read_through_strides():
     wide = torch.randn(40, 2, 33).permute(1, 2, 0)  # [heads, queries, keys], keys at a stride
-    check(make(2, 2, 33, 40, 16), wide, threshold=0.1)
-    check(make(2, 2, 33, 40, 16), wide[:, ::2].repeat_interleave(2, 1)[:, :33] > 0, threshold=0.1)
+    check(attention_inputs(2, 2, 33, 40, 16), wide, threshold=0.1)
+    check(attention_inputs(2, 2, 33, 40, 16), wide[:, ::2].repeat_interleave(2, 1)[:, :33] > 0, threshold=0.1)
 
 
 def test_padding():
     padding = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) > 0.5
-    support = check(make(3, 2, 33, 40, 16), threshold=0.1, key_padding_mask=padding)
+    support = check(attention_inputs(3, 2, 33, 40, 16), threshold=0.1, key_padding_mask=padding)
     assert not (support.to_mask() & padding[:, None, None, :]).any()
-    check(make(3, 2, 33, 40, 16), threshold=0.1, key_padding_mask=padding, is_causal=True)
+    check(attention_inputs(3, 2, 33, 40, 16), threshold=0.1, key_padding_mask=padding, is_causal=True)
 
 
 def test_padded_keys_may_hold_anything():
-    query, key, value = make(1, 2, 9, 20, 8)
+    query, key, value = attention_inputs(1, 2, 9, 20, 8)
     padding = torch.arange(20)[None] >= 15
     expected = threshold_attention(query, key[:, :, :15], value[:, :, :15], threshold=0.1)
     key[:, :, 15:], value[:, :, 15:] = torch.nan, torch.nan
@@ -179,13 +165,13 @@ def test_padded_keys_may_hold_anything():
 
 
 def test_scale():
-    check(make(1, 2, 33, 40, 16), threshold=0.1, scale=0.7)
-    check(make(1, 2, 33, 40, 16), threshold=0.1, scale=-3)
+    check(attention_inputs(1, 2, 33, 40, 16), threshold=0.1, scale=0.7)
+    check(attention_inputs(1, 2, 33, 40, 16), threshold=0.1, scale=-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_everything_kept_is_plain_attention(dtype):
-    tensors = make(2, 2, 33, 70, 16, dtype=dtype, grad=True)
+    tensors = attention_inputs(2, 2, 33, 70, 16, dtype=dtype, grad=True)
     out, support = threshold_attention(*tensors, threshold=1e-300, return_support=True)
     assert support.density == 1
     torch.testing.assert_close(out, F.scaled_dot_product_attention(*tensors))
@@ -206,7 +192,7 @@ def test_everything_kept_is_plain_attention(dtype):
 )
 @settings(max_examples=30, deadline=None)
 def test_any_shape(batch, group, kv_heads, queries, keys, width, value_width, causal, choice, dtype, seed):
-    tensors = make(batch, group * kv_heads, queries, keys, width, value_width, kv_heads, dtype, seed)
+    tensors = attention_inputs(batch, group * kv_heads, queries, keys, width, value_width, kv_heads, dtype, seed)
     options = {"rule": choice[0], "threshold": choice[1], "is_causal": causal, "enable_gqa": True}
     out, support, grads = run(tensors, **options)
     exact_out, exact_support, exact_grads = run([t.double() for t in tensors], backend="reference", **options)
@@ -248,7 +234,7 @@ def test_not_contiguous():
 
 
 def test_expanded_gradient():
-    tensors = make(2, 2, 33, 40, 16, grad=True)
+    tensors = attention_inputs(2, 2, 33, 40, 16, grad=True)
     expanded = torch.autograd.grad(threshold_attention(*tensors, threshold=0.1).sum(), tensors)
     plain = torch.autograd.grad(threshold_attention(*tensors, threshold=0.1), tensors, torch.ones(2, 2, 33, 16))
     assert all(torch.equal(a, b) for a, b in zip(expanded, plain, strict=True))
@@ -256,7 +242,7 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize(("rule", "threshold"), [("relative", 0.2), ("absolute", 0.3)])
 def test_gradcheck(rule, threshold):
-    tensors = make(1, 2, 5, 7, 3, value_width=4, kv_heads=1, dtype=torch.float64, grad=True)
+    tensors = attention_inputs(1, 2, 5, 7, 3, value_width=4, kv_heads=1, dtype=torch.float64, grad=True)
     bias = torch.randn(2, 1, 7, dtype=torch.float64, requires_grad=True)
 
     def attend(*inputs):
@@ -269,27 +255,24 @@ def test_gradcheck(rule, threshold):
 
 def test_partial_gradients():
     for wanted in range(3):
-        tensors = make(1, 2, 9, 20, 8)
+        tensors = attention_inputs(1, 2, 9, 20, 8)
         tensors[wanted].requires_grad_()
         grad = torch.autograd.grad(threshold_attention(*tensors, threshold=0.1).sum(), tensors[wanted])[0]
         assert grad.shape == tensors[wanted].shape
 
 
 def test_second_derivative_is_refused():
-    tensors = make(1, 1, 5, 7, 4, grad=True)
+    tensors = attention_inputs(1, 1, 5, 7, 4, grad=True)
     out = threshold_attention(*tensors, threshold=0.1)
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-# ---- the support
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [1.0, 0.3, 1e-3])
 def test_equal_keys_are_kept_or_dropped_together(dtype, threshold):
-    query, key, value = make(1, 2, 33, 67, 33, dtype=dtype)
+    query, key, value = attention_inputs(1, 2, 33, 67, 33, dtype=dtype)
     copies = torch.cat([key, key.flip(2), key[:, :, :5]], 2)  # each key at two or three places of different tiles
     values = torch.cat([value, value.flip(2), value[:, :, :5]], 2)
     _, support = threshold_attention(query, copies, values, threshold=threshold, return_support=True)
@@ -302,7 +285,7 @@ def test_equal_keys_are_kept_or_dropped_together(dtype, threshold):
 
 
 def test_threshold_one_keeps_all_maxima():
-    query, key, value = make(1, 1, 20, 50, 16)
+    query, key, value = attention_inputs(1, 1, 20, 50, 16)
     key = torch.cat([key, key], 2)
     _, support = threshold_attention(query, key, torch.cat([value, value], 2), threshold=1.0, return_support=True)
     assert (support.degree == 2).all()
@@ -322,7 +305,7 @@ def test_scores_next_to_the_threshold_are_decided_exactly(offset):
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e6])
 def test_sizes_of_norms(factor):
-    query, key, value = make(1, 2, 20, 70, 16)
+    query, key, value = attention_inputs(1, 2, 20, 70, 16)
     options = {"threshold": 0.5, "return_support": True}
     for tensors in ((query, key * factor, value), (query * factor, key, value)):
         out, support = threshold_attention(*tensors, **options)
@@ -332,7 +315,7 @@ def test_sizes_of_norms(factor):
 
 
 def test_one_huge_key_loses_no_other():
-    query, key, value = make(1, 1, 20, 70, 16)
+    query, key, value = attention_inputs(1, 1, 20, 70, 16)
     key[0, 0, 11] *= 1e8
     bias = torch.zeros(70)
     bias[11] = -torch.inf
@@ -340,18 +323,18 @@ def test_one_huge_key_loses_no_other():
 
 
 def test_many_to_one_and_one_to_many():
-    query, key, value = make(1, 1, 300, 700, 16)
+    query, key, value = attention_inputs(1, 1, 300, 700, 16)
     query[..., 0], key[..., 0] = 10, -10
     key[:, :, 123, 0] = 100
     support = check([query, key, value], threshold=0.01)
     assert (support.degree == 1).all() and (support.col_idx == 123).all()
-    query.zero_()[:, :, 1:] = make(1, 1, 299, 700, 16)[0] * 5
+    query.zero_()[:, :, 1:] = attention_inputs(1, 1, 299, 700, 16)[0] * 5
     support = check([query, key, value], threshold=0.5)
     assert support.degree[0, 0, 0] == 700
 
 
 def test_returned_support():
-    tensors = make(2, 3, 20, 50, 16, grad=True)
+    tensors = attention_inputs(2, 3, 20, 50, 16, grad=True)
     out, support = threshold_attention(*tensors, threshold=0.3, return_support=True)
     assert support.shape == (2, 3, 20, 50) and out.requires_grad and not support.weights.requires_grad
     assert torch.equal(support.degree, support.to_mask().sum(-1))
@@ -364,7 +347,7 @@ def test_returned_support():
 
 
 def test_only_survivors_are_stored():
-    query, key, value = make(1, 2, 200, 400, 32, grad=True)
+    query, key, value = attention_inputs(1, 2, 200, 400, 32, grad=True)
     out, support = threshold_attention(query * 4, key, value, threshold=0.1, return_support=True)
     assert 0 < support.density < 0.05
     saved = [tensor.numel() for tensor in out.grad_fn.saved_tensors]
@@ -372,13 +355,10 @@ def test_only_survivors_are_stored():
     assert support.col_idx.untyped_storage().nbytes() == 4 * support.nnz
 
 
-# ---- rows without keys, and what is not a number
-
-
 @pytest.mark.parametrize("rule", ["relative", "absolute"])
 def test_rows_without_keys_give_zero(rule):
     padding = torch.tensor([[True] * 20, [False] * 20])
-    tensors = make(2, 2, 9, 20, 8, grad=True)
+    tensors = attention_inputs(2, 2, 9, 20, 8, grad=True)
     for backend in (None, "reference"):
         out = threshold_attention(*tensors, threshold=0.1, rule=rule, key_padding_mask=padding, backend=backend)
         assert not out[0].any()
@@ -392,7 +372,7 @@ def test_rows_without_keys_give_zero(rule):
 @pytest.mark.parametrize("rule", ["relative", "absolute"])
 @pytest.mark.parametrize("keys", [20, 5000])
 def test_undefined_scores_show(rule, keys):
-    query, key, value = make(1, 2, 30, keys, 8)
+    query, key, value = attention_inputs(1, 2, 30, keys, 8)
     query[0, 0, 4, 3] = torch.nan
     key[0, 1, 11, 2] = torch.nan
     options = {"threshold": 0.1, "rule": rule, "return_support": True}
@@ -411,16 +391,13 @@ def test_infinite_bias_is_undefined_as_in_softmax():
     bias = torch.zeros(20)
     bias[3] = torch.inf
     for backend in (None, "reference"):
-        out = threshold_attention(*make(1, 1, 4, 20, 8), threshold=0.1, attn_bias=bias, backend=backend)
+        out = threshold_attention(*attention_inputs(1, 1, 4, 20, 8), threshold=0.1, attn_bias=bias, backend=backend)
         assert out.isnan().all()
-
-
-# ---- threads, determinism, instruction sets
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_equal_for_any_number_of_threads(dtype):
-    tensors = make(2, 4, 150, 700, 64, kv_heads=2, dtype=dtype)
+    tensors = attention_inputs(2, 4, 150, 700, 64, kv_heads=2, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
@@ -436,7 +413,7 @@ def test_bitwise_equal_for_any_number_of_threads(dtype):
 
 def test_every_output_is_written():
     """Deterministic mode fills fresh memory with NaN."""
-    tensors = make(2, 2, 33, 140, 20)
+    tensors = attention_inputs(2, 2, 33, 140, 20)
     plain = run(tensors, threshold=0.1, key_padding_mask=torch.arange(140).expand(2, 140) < 3)
     torch.use_deterministic_algorithms(True)
     try:
@@ -448,7 +425,7 @@ def test_every_output_is_written():
 
 
 def test_output_alone_equals_output_with_support():
-    tensors = make(2, 2, 50, 70, 16)
+    tensors = attention_inputs(2, 2, 50, 70, 16)
     out, _ = threshold_attention(*tensors, threshold=0.1, return_support=True)
     assert torch.equal(out, threshold_attention(*tensors, threshold=0.1))
 
@@ -459,6 +436,7 @@ sys.path.insert(0, "python_tests")
 import torch
 import test_threshold_attention as tests
 from compsparse_kernels.ops.backends import cpu_isa
+from compsparse_kernels.testing import attention_inputs
 assert cpu_isa() == sys.argv[1], cpu_isa()
 for dtype in tests.DTYPES:
     for width in (20, 64):
@@ -482,90 +460,3 @@ def test_instruction_sets(isa):
     command = [sys.executable, "-c", PARITY, isa]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-# ---- contract
-
-
-def op_arguments(transposed=False, bias=None, padding=None, rule="relative"):
-    tensors = make(2, 4, 5, 9, 8, value_width=6, kv_heads=2, grad=False)
-    if transposed:
-        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
-    return (*tensors, bias, padding, 0.3, rule, True, 0.7)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        op_arguments(),
-        op_arguments(transposed=True, bias=torch.randn(1, 4, 1, 9), rule="absolute"),
-        op_arguments(bias=torch.rand(5, 9)[None, None] > 0.2, padding=torch.rand(2, 9) > 0.8),
-    ],
-)
-def test_opcheck(arguments):
-    ops = torch.ops.compsparse
-    torch.library.opcheck(ops.threshold_attention.default, arguments)
-    torch.library.opcheck(ops.threshold_attention_support.default, arguments)
-    out, *support = ops.threshold_attention_support(*arguments)
-    backward = (torch.randn_like(out), *arguments[:3], *support, 0.7)
-    torch.library.opcheck(ops.threshold_attention_backward.default, backward)
-
-
-@pytest.mark.parametrize("scale", [0.7, 3])
-def test_scalars_are_boxed_right(scale):
-    query, key, value = make(1, 1, 4, 6, 8)
-    for rule, threshold in (("relative", 1), ("absolute", 3), ("absolute", 0.7)):
-        options = {"threshold": threshold, "rule": rule, "scale": scale}
-        expected = threshold_attention(query, key, value, backend="reference", **options)
-        torch.testing.assert_close(threshold_attention(query, key, value, **options), expected)
-
-
-def test_compile():
-    def attend(query, key, value, bias):
-        return threshold_attention(query, key, value, threshold=0.1, attn_bias=bias, is_causal=True)
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    tensors = [*make(2, 2, 9, 9, 8), torch.randn(2, 1, 9)]
-    assert torch.equal(compiled(*tensors), attend(*tensors))
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    results = [torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (compiled, attend)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_compile_with_support():
-    compiled = torch.compile(threshold_attention, fullgraph=True, backend="aot_eager")
-    tensors = make(2, 2, 9, 9, 8)
-    out, support = compiled(*tensors, threshold=0.1, return_support=True)
-    expected, expected_support = threshold_attention(*tensors, threshold=0.1, return_support=True)
-    assert torch.equal(out, expected) and torch.equal(support.to_dense(), expected_support.to_dense())
-
-
-def test_autocast():
-    query, key, value = make(1, 2, 9, 12, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = threshold_attention(query.bfloat16(), key, value, threshold=0.1, attn_bias=torch.zeros(12).bfloat16())
-        pair = threshold_attention(query, key, value, threshold=0.1, return_support=True)
-    assert out.dtype == pair[0].dtype == torch.bfloat16 and pair[1].weights.dtype == torch.float32
-    expected = threshold_attention(query.bfloat16().float(), key, value, threshold=0.1)
-    assert torch.equal(out, expected.bfloat16())
-
-
-def test_backends_and_explain():
-    tensors = make(1, 2, 9, 12, 8)
-    reference, support = threshold_attention(*tensors, threshold=0.1, backend="reference", return_support=True)
-    out, ours = threshold_attention(*tensors, threshold=0.1, backend="cpu", return_support=True)
-    torch.testing.assert_close(out, reference)
-    assert torch.equal(support.col_idx, ours.col_idx) and torch.equal(support.row_ptr, ours.row_ptr)
-    assert explain("threshold_attention", *tensors)["reference"] == "available"
-
-
-def test_fallback_backward_matches():
-    """The dense fallback of the backward op, which devices without a kernel run."""
-    from compsparse_kernels.ops.threshold_attention import reference
-
-    arguments = op_arguments(bias=torch.randn(1, 4, 1, 9))
-    out, *support = torch.ops.compsparse.threshold_attention_support(*arguments)
-    backward = (torch.randn_like(out), *arguments[:3], *support, 0.7)
-    ours = torch.ops.compsparse.threshold_attention_backward(*backward)
-    for a, b in zip(ours, reference.threshold_attention_backward(*backward), strict=True):
-        torch.testing.assert_close(a, b)
