@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compsparse_kernels import AttentionSupport
+from compsparse_kernels import AttentionSupport, threshold_attention
 
 PTR, IDX, W = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]).int(), torch.ones(3)
 
@@ -38,3 +38,10 @@ def test_views_of_support():
     assert support.degree.tolist() == [[[2, 1]]]
     assert torch.equal(support.to_dense(), torch.tensor([[[[0.5, 0, 0.5, 0], [0, 0.5, 0, 0]]]]))
     assert torch.equal(support.to_mask(), support.to_dense() > 0)
+
+
+def test_no_keys():
+    out, support = threshold_attention(
+        *(torch.randn(1, 2, n, 4) for n in (3, 0, 0)), threshold=0.1, return_support=True
+    )
+    assert not out.any() and support.to_dense().shape == support.to_mask().shape == (1, 2, 3, 0)

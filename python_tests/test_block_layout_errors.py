@@ -249,3 +249,22 @@ def test_errors_name_the_argument_what_was_wanted_and_what_came(case):
     call, error, message = ERRORS[case]
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
+
+
+def strided(values, dtype, between):
+    """The values with another number between each two."""
+    return torch.stack([torch.tensor(values), torch.full((len(values),), between)], 1).to(dtype)[:, 0]
+
+
+def test_kernels_read_what_was_checked():
+    ptr, idx = strided([0, 1, 2], torch.int64, 10**9), strided([0, 1], torch.int32, 10**9)
+    layout = BlockLayout(4, 4, (2, 2), BlockOrder(ptr, idx, idx.clone()))
+    assert all(part.is_contiguous() for part in layout.by_output)
+    idx[:] = 1  # the caller's tensor, not the layout's
+    assert layout.by_output.idx.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("by_output", [None, (1, 2), "abcd"])
+def test_by_output_is_three_tensors(by_output):
+    with pytest.raises(TypeError, match="by_output: expected"):
+        BlockLayout(4, 4, (2, 2), by_output)

@@ -321,3 +321,36 @@ def test_an_explicit_backend_says_why_not():
 def test_autocast_checks_its_arguments_too():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"^x: expected tensor"):
         linear(x=None)
+
+
+def test_forward_mode_is_refused():
+    layout = BlockLayout.from_mask(torch.ones(2, 2, dtype=torch.bool), (4, 4))
+    x, values = torch.randn(3, 8), torch.randn(layout.values_shape)
+    for name, call in (
+        ("x", lambda x: block_sparse_linear(x, values, layout)),
+        ("a", lambda x: sampled_block_matmul(x, x, layout)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: expected a tensor without a forward-mode tangent"):
+            torch.func.jvp(call, (x,), (x,))
+    tangent = torch.func.jvp(lambda x: block_sparse_linear(x, values, layout, backend="reference"), (x,), (x,))[1]
+    torch.testing.assert_close(tangent, block_sparse_linear(x, values, layout))
+
+
+def test_relu_lets_nan_through_to_the_gradient():
+    layout = BlockLayout.from_mask(torch.ones(1, 1, dtype=torch.bool), (1, 1))
+    x = torch.tensor([[float("nan")], [-1.0], [0.0], [2.0]], requires_grad=True)
+    ours = torch.autograd.grad(block_sparse_linear(x, torch.ones(1, 1, 1), layout, activation="relu").sum(), x)[0]
+    assert torch.equal(ours, torch.autograd.grad(torch.relu(x).sum(), x)[0])
+
+
+def test_sparse_tensors_are_refused():
+    layout = BlockLayout.from_mask(torch.ones(1, 1, dtype=torch.bool), (4, 4))
+    for backend in (None, "cpu", "reference"):
+        with pytest.raises(TypeError, match=r"x: expected a dense \(strided\) tensor, got one with layout"):
+            block_sparse_linear(torch.eye(4).to_sparse(), torch.randn(1, 4, 4), layout, backend=backend)
+
+
+def test_autocast_checks_arguments_too():
+    layout = BlockLayout.from_mask(torch.ones(1, 1, dtype=torch.bool), (4, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="bias: expected tensor"):
+        block_sparse_linear(torch.eye(4), torch.randn(1, 4, 4), layout, [1])

@@ -216,3 +216,17 @@ def test_ctrl_c_ends_a_running_check():
         process.kill()
     assert process.returncode == 130
     assert errors.strip() == "interrupted"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "--json", str(tmp_path / "file" / "below.json")])
+    assert stopped.value.code == 2 and "expected a file that can be written" in capsys.readouterr().err
+
+
+def test_an_unknown_cap_is_told():
+    code = "import compsparse_kernels"
+    environment = os.environ | {"COMPSPARSE_CPU": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert "COMPSPARSE_CPU: expected one of scalar, avx2, avx512, got 'AVX2'" in done.stderr

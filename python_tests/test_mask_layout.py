@@ -389,3 +389,17 @@ def test_errors(case):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value).startswith(message)
+
+
+def test_kernels_read_what_was_checked():
+    ptr = torch.tensor([0, 10**9, 1, 10**9, 2])[::2]
+    idx = torch.tensor([0, 10**9, 1]).int()[::2]
+    layout = MaskLayout(2, 2, "csr", MaskOrder(ptr, idx, None))
+    assert layout.by_output.ptr.is_contiguous() and layout.by_output.idx.is_contiguous()
+    idx[:] = 1  # the caller's tensor, not the layout's
+    assert layout.by_output.idx.tolist() == [0, 1]
+
+
+def test_block_shape_is_for_blocks():
+    with pytest.raises(ValueError, match="block_shape: expected None with kind csr"):
+        MaskLayout.from_mask(torch.ones(4, 4, dtype=torch.bool), "csr", block_shape=(2, 2))

@@ -26,7 +26,8 @@ KINDS = ("csr", "block", "dense")
 
 
 def make_layout(out_features, in_features, density=0.3, seed=0, kind="csr", block_shape=(8, 4)):
-    return MaskLayout.from_mask(random_mask(out_features, in_features, density, seed), kind, block_shape)
+    mask = random_mask(out_features, in_features, density, seed)
+    return MaskLayout.from_mask(mask, kind, block_shape if kind == "block" else None)
 
 
 def make_inputs(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):

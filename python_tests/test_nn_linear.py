@@ -440,3 +440,17 @@ BLOCKS = torch.ones(4, 4, dtype=torch.bool)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_half_precision_as_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MaskedLinear(8, 8, torch.eye(8) > 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.values.dtype == torch.bfloat16 and bool(layer.values.isfinite().all())
+
+
+def test_activation_is_checked_by_the_constructor():
+    with pytest.raises(ValueError, match="activation: expected None, 'relu', 'gelu' or 'silu', got 'none'"):
+        SparseDAGLinear(4, 4, torch.ones(2, 2, dtype=torch.bool), activation="none")

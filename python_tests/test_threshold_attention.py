@@ -265,7 +265,7 @@ def test_second_derivative_is_refused():
     tensors = attention_inputs(1, 1, 5, 7, 4, grad=True)
     out = threshold_attention(*tensors, threshold=0.1)
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once differentiable"):
         grad.sum().backward()
 
 
@@ -350,7 +350,7 @@ def test_only_survivors_are_stored():
     query, key, value = attention_inputs(1, 2, 200, 400, 32, grad=True)
     out, support = threshold_attention(query * 4, key, value, threshold=0.1, return_support=True)
     assert 0 < support.density < 0.05
-    saved = [tensor.numel() for tensor in out.grad_fn.saved_tensors]
+    saved = [tensor.numel() for tensor in out.grad_fn.saved_tensors if tensor is not None]
     assert support.nnz in saved and sum(saved) < 200 * 400
     assert support.col_idx.untyped_storage().nbytes() == 4 * support.nnz
 

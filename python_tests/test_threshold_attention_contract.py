@@ -88,3 +88,27 @@ def test_fallback_backward_matches():
     ours = torch.ops.compsparse.threshold_attention_backward(*backward)
     for a, b in zip(ours, reference.threshold_attention_backward(*backward), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_second_derivative_is_refused_where_the_loss_is_linear(position):
+    """torch's once_differentiable would call the first gradient constant here, and the second zero."""
+    tensors = [*attention_inputs(1, 1, 5, 7, 4, grad=True), torch.randn(5, 7, requires_grad=True)]
+    out = threshold_attention(*tensors[:3], threshold=0.1, attn_bias=tensors[3])
+    grad = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        torch.autograd.grad(grad.sum(), tensors[position], allow_unused=True)
+
+
+def test_forward_mode_is_refused():
+    query, key, value = attention_inputs(1, 1, 5, 7, 4)
+    with pytest.raises(RuntimeError, match="query: expected a tensor without a forward-mode tangent"):
+        torch.func.jvp(lambda q: threshold_attention(q, key, value, threshold=0.1), (query,), (query,))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_another_threshold(dynamic):
+    compiled = torch.compile(threshold_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    tensors = attention_inputs(2, 2, 9, 9, 8)
+    for threshold in (0.1, 0.3, 0.6):
+        assert torch.equal(compiled(*tensors, threshold=threshold), threshold_attention(*tensors, threshold=threshold))

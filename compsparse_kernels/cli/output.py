@@ -14,8 +14,20 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         metavar="FILE",
+        type=_writable,
         help="write the result as JSON to FILE too; - writes it to standard output, and the tables to standard error",
     )
+
+
+def _writable(target: str) -> str:
+    """Refuses what can't be written before the work is done, not after."""
+    if target != "-":
+        try:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            Path(target).touch()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"expected a file that can be written, got {target}: {error}") from error
+    return target
 
 
 def console_for(json_target: str | None) -> Console:

@@ -15,6 +15,7 @@ from compsparse_kernels.layouts.checks import (
     check_integers,
     check_positive_int,
     describe,
+    own,
     require,
 )
 
@@ -73,14 +74,19 @@ class BlockLayout:
         check_positive_int("out_features", self.out_features)
         check_positive_int("in_features", self.in_features)
         check_block_shape(self.block_shape)
+        three = isinstance(self.by_output, tuple) and len(self.by_output) == 3
+        require(three, "by_output", "(row_ptr, col_idx, slot)", describe(self.by_output), TypeError)
         ptr, idx, slot = self.by_output
         rows, columns = self.grid
         check_compressed(ptr, idx, rows, columns, ("row_ptr", "col_idx"))
+        num_slots = _count_slots(slot, len(idx))
+        ptr, idx, slot = own(ptr), own(idx), own(slot)
         by_column, row_idx, perm = index.transpose(ptr.numpy(), idx.numpy(), columns)
         by_input = BlockOrder(
             torch.from_numpy(by_column), torch.from_numpy(row_idx), slot[torch.from_numpy(perm).long()]
         )
-        object.__setattr__(self, "num_slots", _count_slots(slot, len(idx)))
+        object.__setattr__(self, "num_slots", num_slots)
+        object.__setattr__(self, "by_output", BlockOrder(ptr, idx, slot))
         object.__setattr__(self, "by_input", by_input)
 
     @classmethod
@@ -160,7 +166,7 @@ class BlockLayout:
         values = weight.values()
         ptr, idx = weight.crow_indices().long().cpu(), weight.col_indices().int().cpu()
         layout = cls(*weight.shape, tuple(values.shape[1:]), _own_slots(ptr, idx))
-        return layout, values.contiguous()
+        return layout, own(values)
 
     @classmethod
     def from_scipy(cls, weight) -> tuple["BlockLayout", torch.Tensor]:

@@ -35,6 +35,11 @@ def check_positive_int(argument: str, value: object, most: int | None = None) ->
     require(value >= 1 and (most is None or value <= most), argument, wanted, value)
 
 
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: what kernels read is what was checked, whatever the caller does to his tensor afterwards."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def check_compressed(ptr: torch.Tensor, idx: torch.Tensor, rows: int, columns: int, names: tuple[str, str]) -> None:
     """A well-formed compressed pattern: offsets from 0 to nnz, indices in range and strictly ascending in each row."""
     for name, value, dtype in zip(names, (ptr, idx), (torch.int64, torch.int32), strict=True):

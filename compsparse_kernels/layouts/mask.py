@@ -15,6 +15,7 @@ from compsparse_kernels.layouts.checks import (
     check_compressed,
     check_positive_int,
     describe,
+    own,
     require,
 )
 
@@ -99,6 +100,7 @@ class MaskLayout:
         ptr, idx, perm = self.by_output
         check_compressed(ptr, idx, self.out_features, self.in_features, ("row_ptr", "col_idx"))
         require(perm is None, "by_output[2]", "None: values lie by output", describe(perm))
+        ptr, idx = own(ptr), own(idx)
         by_input = index.transpose(ptr.numpy(), idx.numpy(), self.in_features)
         object.__setattr__(self, "by_output", MaskOrder(ptr, idx, None))
         object.__setattr__(self, "by_input", MaskOrder(*map(torch.from_numpy, by_input)))
@@ -113,9 +115,11 @@ class MaskLayout:
         require(plain, "blocks", "neither shared nor transposed", self.blocks)
         if self.mask is not None:
             _check_mask(self.mask, self.blocks.values_shape)
+            object.__setattr__(self, "mask", own(self.mask))
 
     def _check_dense(self):
         _check_mask(self.mask, (self.out_features, self.in_features))
+        object.__setattr__(self, "mask", own(self.mask))
 
     @classmethod
     def from_mask(
@@ -127,6 +131,7 @@ class MaskLayout:
         require(mask.numel() > 0, "mask", "at least one row and one column", describe(mask))
         require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
         if block_shape is not None:
+            require(kind in ("auto", "block"), "block_shape", f"None with kind {kind}", block_shape)
             check_block_shape(block_shape)
         mask = mask.detach().cpu().contiguous()
         if kind == "auto":
@@ -155,7 +160,7 @@ class MaskLayout:
         ok = isinstance(weight, torch.Tensor) and weight.layout == torch.sparse_csr and weight.dim() == 2
         require(ok, "weight", "2-D sparse CSR tensor", describe(weight))
         ptr, idx = weight.crow_indices().long().cpu(), weight.col_indices().int().cpu()
-        return cls(*weight.shape, "csr", MaskOrder(ptr, idx, None)), weight.values().contiguous()
+        return cls(*weight.shape, "csr", MaskOrder(ptr, idx, None)), own(weight.values())
 
     @classmethod
     def from_scipy(cls, weight) -> tuple["MaskLayout", torch.Tensor]:

@@ -72,13 +72,13 @@ class AttentionSupport:
     def to_mask(self) -> torch.Tensor:
         """bool ``[B, H, Tq, Tk]``."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.col_idx.device)
-        mask.view(-1, self.shape[3])[self._rows(), self.col_idx.long()] = True
+        mask.view(len(self.row_ptr) - 1, self.shape[3])[self._rows(), self.col_idx.long()] = True
         return mask
 
     def to_dense(self) -> torch.Tensor:
         """The weights ``[B, H, Tq, Tk]``, zero outside the support."""
         dense = self.weights.new_zeros(self.shape)
-        dense.view(-1, self.shape[3])[self._rows(), self.col_idx.long()] = self.weights
+        dense.view(len(self.row_ptr) - 1, self.shape[3])[self._rows(), self.col_idx.long()] = self.weights
         return dense
 
     def _rows(self) -> torch.Tensor:

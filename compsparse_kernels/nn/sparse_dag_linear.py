@@ -8,7 +8,7 @@ from compsparse_kernels.layouts.block import LARGEST_BLOCK
 from compsparse_kernels.layouts.checks import check_bool_matrix, check_positive_int, require
 from compsparse_kernels.nn.sparse_linear import SparseLinear, block_layout_of, block_pattern
 from compsparse_kernels.ops import block_sparse_linear, sampled_block_matmul
-from compsparse_kernels.ops.block_sparse_linear.reference import ACTIVATIONS
+from compsparse_kernels.ops.block_sparse_linear.api import ACTIVATIONS
 
 
 class SparseDAGLinear(SparseLinear):
@@ -64,8 +64,7 @@ class SparseDAGLinear(SparseLinear):
     ):
         check_positive_int("in_features", in_features)
         check_positive_int("out_features", out_features)
-        known = activation is None or activation in ACTIVATIONS
-        require(known, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
+        require(activation in ACTIVATIONS, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
         layout = _block_layout(layout, in_features, out_features)
         super().__init__(in_features, out_features, layout, bias, device, dtype)
         self.activation = activation

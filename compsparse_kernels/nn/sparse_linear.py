@@ -51,7 +51,9 @@ class SparseLinear(nn.Module):
         if self.values.is_meta:
             return
         device = self.values.device
-        ones_in, ones_out = (torch.ones(1, n, device=device) for n in (self.in_features, self.out_features))
+        ones_in, ones_out = (
+            torch.ones(1, n, device=device, dtype=torch.float32) for n in (self.in_features, self.out_features)
+        )
         with torch.autocast(device.type, enabled=False):
             uses = self._sampled(ones_out, ones_in)  # 0 in the padding of ragged blocks
             fan_in = self._product(ones_in, (uses > 0).to(uses.dtype), None)
@@ -116,7 +118,9 @@ class SparseLinear(nn.Module):
         pattern = {name: own.pop(name) for name in self.PATTERN if name in own}
         try:
             if "weight" in own and "values" not in own:
-                own["values"] = self.layout.pack(own.pop("weight").to(self.layout.device))
+                weight = own.pop("weight")
+                require(isinstance(weight, torch.Tensor), "weight", "a tensor", describe(weight))
+                own["values"] = self.layout.pack(weight.to(self.layout.device))
             elif pattern:
                 self._adopt(pattern, own.get("values"))
             elif strict:
@@ -130,6 +134,8 @@ class SparseLinear(nn.Module):
 
     def _adopt(self, pattern, values):
         """Take over a checkpoint's pattern; ``values`` gets its shape and stays the same Parameter."""
+        for name, tensor in pattern.items():
+            require(isinstance(tensor, torch.Tensor), name, "a tensor", describe(tensor))
         mine = self._pattern()
         same = mine.keys() == pattern.keys() and all(
             torch.equal(pattern[name].to(mine[name]), mine[name]) for name in mine

@@ -1,6 +1,7 @@
 """Checks and conversions of tensor arguments that the op rooms share."""
 
 import torch
+from torch.autograd import forward_ad
 
 from compsparse_kernels.layouts.checks import describe, require
 
@@ -10,6 +11,8 @@ KERNEL_DTYPES = (torch.float32, torch.float64)
 def check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in KERNEL_DTYPES:
         require(False, name, "float32 or float64", describe(tensor), TypeError)
+    if tensor.layout != torch.strided:
+        require(False, name, "a dense (strided) tensor", f"one with layout {tensor.layout}", TypeError)
 
 
 def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -22,6 +25,16 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
 
 
+def refuse_forward_mode(*named: tuple[str, torch.Tensor | None]) -> None:
+    """The kernels have no forward-mode derivative; without this the tangent would be lost in silence."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in named:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            wanted = "a tensor without a forward-mode tangent (backend='reference' has that derivative)"
+            require(False, name, wanted, "a dual tensor", RuntimeError)
+
+
 def autocasts(tensor: object) -> bool:
     """Is autocast on where this tensor lies? (The meta device has none, and says so with an error.)"""
     is_real = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
@@ -30,6 +43,6 @@ def autocasts(tensor: object) -> bool:
 
 def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Half precision to float32, what kernels under autocast compute in; everything else as it is."""
-    if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor.float()
     return tensor

@@ -1,5 +1,8 @@
 """Which backends an op has here, and why not the others. torch's dispatcher is the only router; this explains it."""
 
+import os
+import warnings
+
 import torch
 
 from compsparse_kernels.layouts.checks import require
@@ -12,7 +15,15 @@ else:
     _missing = ""
 
 BACKENDS = ("cpu", "reference")
+CPU_CAPS = ("scalar", "avx2", "avx512")
 CPU_DTYPES = (torch.float32, torch.float64)
+
+
+_cap = os.environ.get("COMPSPARSE_CPU")
+if _cap and _cap not in CPU_CAPS:
+    warnings.warn(
+        f"COMPSPARSE_CPU: expected one of {', '.join(CPU_CAPS)}, got {_cap!r}; nothing is capped", stacklevel=2
+    )
 
 
 def cpu_isa() -> str | None:
@@ -50,6 +61,8 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     from compsparse_kernels.ops import OPS
 
     require(op in OPS, "op", f"one of {', '.join(OPS)}", repr(op))
+    for tensor in tensors:
+        require(isinstance(tensor, torch.Tensor), "tensors", "tensors", type(tensor).__name__, TypeError)
     reasons = {backend: why_not(backend, *tensors) for backend in BACKENDS}
     chosen = next(backend for backend in BACKENDS if reasons[backend] is None)
     return {backend: "runs" if backend == chosen else reason or "available" for backend, reason in reasons.items()}

@@ -4,7 +4,7 @@ import torch
 
 from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -64,6 +64,7 @@ def block_sparse_linear(
     if backend == "reference":
         y = reference.block_sparse_linear(flat, values, bias, *order, layout.out_features, layout.transposed, name)
     else:
+        refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
         y = _linear(flat, values, bias, order, other, layout.out_features, layout.transposed, name)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
@@ -98,6 +99,7 @@ def sampled_block_matmul(a: torch.Tensor, b: torch.Tensor, layout: BlockLayout) 
     check_dtype("a", a)
     _check_layout_device(layout, "a", a)
     require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
+    refuse_forward_mode(("a", a), ("b", b))
     if layout.transposed:
         a, b, layout = b, a, layout.T
     return _sampled_blocks(a, b, layout.by_output, layout.by_input, layout.num_slots, layout.block_shape)
@@ -135,7 +137,7 @@ class _BlockSparseLinear(torch.autograd.Function):
         x, values, relu_output, *indices = ctx.saved_tensors
         order, other = indices[:3], indices[3:]
         if relu_output is not None:
-            grad = grad * (relu_output > 0)
+            grad = grad.masked_fill(relu_output <= 0, 0)  # lets NaN through, as torch's relu does
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _linear(grad, values, None, other, order, x.shape[1], not ctx.transposed, "none")

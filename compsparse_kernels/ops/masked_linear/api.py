@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
 from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
@@ -67,6 +67,7 @@ def masked_linear(
     if backend == "reference":
         y = reference.masked_linear(flat, values, bias, *layout.by_output, layout.out_features)
     else:
+        refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
         y = _linear(flat, values, bias, layout.by_output, layout.by_input, layout.out_features)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
@@ -100,6 +101,7 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
         a, b, layout = b, a, layout.T
     if layout.kind == "dense":
         return layout.masked(a.mT @ b)
+    refuse_forward_mode(("a", a), ("b", b))
     return _sampled_values(a, b, layout.by_output, layout.by_input)
 
 

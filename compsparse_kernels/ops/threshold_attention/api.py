@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from compsparse_kernels.layouts import AttentionSupport
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, widen
+from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.threshold_attention import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -111,6 +110,7 @@ def _run(arguments, with_support, backend):
             out, row_ptr, col_idx, weights = reference.threshold_attention_support(*arguments)
             return out, row_ptr, col_idx, weights.detach()
         return (reference.threshold_attention(*arguments),)
+    refuse_forward_mode(*zip(("query", "key", "value", "attn_bias"), arguments[:4], strict=True))
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:4]):
         return _ThresholdAttention.apply(*arguments)
     return _support(*arguments) if with_support else (_output(*arguments),)
@@ -124,21 +124,39 @@ class _ThresholdAttention(torch.autograd.Function):
         out, row_ptr, col_idx, weights = _support(
             query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale
         )
-        ctx.save_for_backward(query, key, value, row_ptr, col_idx, weights)
+        ctx.save_for_backward(query, key, value, attn_bias, row_ptr, col_idx, weights)
         ctx.scale = scale
         ctx.bias_shape = None if attn_bias is None else attn_bias.shape
         ctx.mark_non_differentiable(row_ptr, col_idx, weights)
         return out, row_ptr, col_idx, weights
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
-        query, key, value, row_ptr, col_idx, weights = ctx.saved_tensors
-        *grads, score_grad = _backward(grad, query, key, value, row_ptr, col_idx, weights, ctx.scale)
-        bias_grad = None
-        if ctx.needs_input_grad[3]:
-            bias_grad = _bias_grad(score_grad, row_ptr, col_idx, query.shape[:3], ctx.bias_shape)
-        return *grads, bias_grad, None, None, None, None, None
+        query, key, value, bias, row_ptr, col_idx, weights = ctx.saved_tensors
+        with torch.no_grad():
+            *grads, score_grad = _backward(grad, query, key, value, row_ptr, col_idx, weights, ctx.scale)
+            if ctx.needs_input_grad[3]:
+                grads.append(_bias_grad(score_grad, row_ptr, col_idx, query.shape[:3], ctx.bias_shape))
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            grads = _OnceDifferentiable.apply(len(grads), *grads, grad, query, key, value, bias)
+        bias_grad = grads[3] if ctx.needs_input_grad[3] else None
+        return *grads[:3], bias_grad, None, None, None, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first ``count`` tensors, marked as functions of the rest that can't be differentiated. (torch's own
+    ``once_differentiable`` sees a dependence on the incoming gradient only, and takes the inputs for constant.)"""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "threshold_attention: trying to differentiate twice what is once differentiable; backend='reference' can be"
+            " differentiated again"
+        )
 
 
 def _bias_grad(score_grad, row_ptr, col_idx, rows_shape, bias_shape):
@@ -218,7 +236,7 @@ def _check_choices(threshold, rule, weights, scale):
             continue
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         require(is_number, name, "a number", describe(number), TypeError)
-        require(math.isfinite(number), name, "a finite number", number)
+        require(-math.inf < number < math.inf, name, "a finite number", number)
     if rule == "relative":
         require(0 < threshold <= 1, "threshold", "a number in (0, 1] (rule 'relative')", threshold)
 
