@@ -33,6 +33,9 @@ constexpr int tile_rows() {
   return Accumulators / Vectors >= 3 ? Accumulators / Vectors / 3 * 3 : Accumulators / Vectors;
 }
 
+// Rows of the tile for what a tile of M rows leaves over: 12, 6, 4, 2, 1. A single row waits for its own sums.
+constexpr int fewer_rows(int M) { return M == 6 ? 4 : M / 2; }
+
 // acc[m][r] += x[m * x_stride + k] * w[k * w_stride + r * L ...], k = 0 .. depth
 template <typename T, int L, int R, int M>
 COMPSPARSE_INLINE void multiply_accumulate(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
@@ -136,7 +139,7 @@ template <typename T, int L, int R, int M>
 void product_rows(const RowTask<T>& t, int64_t n, int64_t panel) {
   for (; n + M <= t.batch; n += M) product_tile<T, L, R, M>(t, n, panel);
   if constexpr (M > 1) {
-    if (n < t.batch) product_rows<T, L, R, M / 2>(t, n, panel);
+    if (n < t.batch) product_rows<T, L, R, fewer_rows(M)>(t, n, panel);
   }
 }
 
@@ -295,7 +298,7 @@ void sampled_rows(const SampledBlocks<T>& s, const T* a_panel, const T* b_panel,
                   int64_t panel, T* entry) {
   for (; o + M <= s.block_out; o += M) sampled_tile<T, L, R, M>(s, a_panel, b_panel, width, o, panel, entry);
   if constexpr (M > 1) {
-    if (o < s.block_out) sampled_rows<T, L, R, M / 2>(s, a_panel, b_panel, width, o, panel, entry);
+    if (o < s.block_out) sampled_rows<T, L, R, fewer_rows(M)>(s, a_panel, b_panel, width, o, panel, entry);
   }
 }
 
