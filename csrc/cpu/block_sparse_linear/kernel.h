@@ -27,9 +27,15 @@ struct Target {
   static constexpr int MinLanes = 16 / sizeof(T);
 };
 
-// Batch rows per tile: a multiple of three where there is room, because x86 addresses base, base + s, base + 2 s.
+// Batch rows of a tile of the product: at least 12 sums in flight keep the multipliers busy. As they come, rows of x
+// are often a multiple of 4 KB apart and compete for one set of 8 lines in the first-level cache: six rows fit beside
+// W.
+constexpr int product_rows_per_tile(int vectors) { return vectors == 1 ? 12 : 6; }
+
+// Rows of a block in a sampled tile: a multiple of three where there is room, because x86 addresses base, base + s,
+// base + 2 s.
 template <int Accumulators, int Vectors>
-constexpr int tile_rows() {
+constexpr int sampled_rows_per_tile() {
   return Accumulators / Vectors >= 3 ? Accumulators / Vectors / 3 * 3 : Accumulators / Vectors;
 }
 
@@ -63,22 +69,31 @@ int lanes_for(int64_t width) {
   return L;
 }
 
-// Eight rows at a time: each is read as a stream, and each panel gets one run of cache lines.
+// Whole vectors first, then narrower ones.
+template <typename T, int L>
+COMPSPARSE_INLINE void copy(const T* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store<T, L>(to + i, load<T, L>(from + i));
+  if constexpr (L > 1) {
+    if (i < count) copy<T, L / 2>(from + i, count - i, to + i);
+  }
+}
+
+// Twelve rows at a time: each is read as a stream, and each panel gets one run of cache lines.
 template <typename T, int L>
 void pack_panels(const T* x, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range rows,
                  T* panels) {
+  constexpr int64_t together = 12;
   const int64_t columns = ceil_div(in_features, block_in);
-  for (int64_t begin = rows.begin; begin < rows.end; begin += 8) {
-    const int64_t end = min64(begin + 8, rows.end);
+  for (int64_t begin = rows.begin; begin < rows.end; begin += together) {
+    const int64_t end = min64(begin + together, rows.end);
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t valid = min64(block_in, in_features - c * block_in);
       for (int64_t n = begin; n < end; ++n) {
         const T* from = x + n * in_features + c * block_in;
         T* to = panels + (c * batch + n) * width;
-        int64_t i = 0;
-        for (; i + L <= valid; i += L) store<T, L>(to + i, load<T, L>(from + i));
-        for (; i < valid; ++i) to[i] = from[i];
-        for (; i < width; ++i) to[i] = 0;
+        copy<T, L>(from, valid, to);
+        for (int64_t i = valid; i < width; ++i) to[i] = 0;
       }
     }
   }
@@ -146,8 +161,7 @@ void product_rows(const RowTask<T>& t, int64_t n, int64_t panel) {
 // Panels of R vectors across the block row, then one narrower panel for what is left.
 template <typename T, int L, int R, class Target>
 void product_panels(const RowTask<T>& t, int64_t panel) {
-  for (; panel + (R - 1) * L < t.outputs; panel += R * L)
-    product_rows<T, L, R, tile_rows<Target::Accumulators, R>()>(t, 0, panel);
+  for (; panel + (R - 1) * L < t.outputs; panel += R * L) product_rows<T, L, R, product_rows_per_tile(R)>(t, 0, panel);
   if constexpr (R > 1) {
     if (panel < t.outputs) product_panels<T, L, R - 1, Target>(t, panel);
   }
@@ -159,24 +173,35 @@ __attribute__((noinline)) void epilogue(const RowTask<T>& t, Activation activati
   for (int64_t n = 0; n < t.batch; ++n) activate_row<T, L>(t.y + n * t.y_stride, t.outputs, activation);
 }
 
-// Batch rows of which inputs and outputs fill half of a second-level cache (1 MB), in whole tiles of any height.
-template <typename T>
-int64_t chunk_rows(const BlockProduct<T>& p) {
-  constexpr int64_t half_cache = (int64_t(1) << 19) / sizeof(T);
-  return max64(24, half_cache / (p.in_features + p.out_features) / 24 * 24);
-}
-
-// Should the inputs be copied into panels? As they come, the rows of a tile are in_features apart, often a multiple of
-// the 4 KB that makes them compete for one set of the first-level cache; in a panel they lie side by side.
-template <typename T>
+// Should the inputs be copied into panels, where the rows of a tile lie side by side? Only where a tile has more rows
+// than fit in a set of the first-level cache.
+template <typename T, class Target>
 bool packs_inputs(const BlockProduct<T>& p) {
   constexpr int64_t least_batch = 8;
-  return p.batch >= least_batch && p.in_features > p.block_in;
+  return p.batch >= least_batch && p.in_features > p.block_in && p.block_out <= Target::MaxLanes;
 }
 
+// Batch rows that go through all of W before the next ones do. One tile: its inputs and outputs stay in the first
+// caches and are read and written as streams, while W streams past. More where W comes from memory each time.
+template <typename T, class Target>
+int64_t chunk_rows(const BlockProduct<T>& p) {
+  constexpr int64_t last_cache = (int64_t(1) << 24) / sizeof(T), large = 24;
+  const int64_t entries = p.ptr[ceil_div(p.out_features, p.block_out)];
+  if (entries * p.block_out * p.block_in > last_cache) return large;
+  return product_rows_per_tile(p.block_out <= Target::MaxLanes ? 1 : 2);
+}
+
+// Asks for one of `parts` shares of the next chunk's inputs, which lie too far apart for the processor to foresee.
 template <typename T>
+void prefetch_share(const T* next, int64_t size, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = part * size / parts / line * line; i < (part + 1) * size / parts; i += line)
+    __builtin_prefetch(next + i);
+}
+
+template <typename T, class Target>
 int64_t product_scratch(const BlockProduct<T>& p) {
-  return packs_inputs(p) ? chunk_rows(p) * round_up(p.in_features, p.block_in) : 0;
+  return packs_inputs<T, Target>(p) ? chunk_rows<T, Target>(p) * round_up(p.in_features, p.block_in) : 0;
 }
 
 // Elements of one entry as `pack_weights` stores it: [k, outputs], outputs rounded up to whole vectors. 0 where the
@@ -222,7 +247,8 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
   if constexpr (L > Target::MinLanes) {
     if (p.block_out <= L / 2) return product_with_lanes<T, L / 2, Target>(p, packed, rows, batch, scratch);
   }
-  const int64_t packed_size = packed_entry_size<T, Target>(p), step = chunk_rows(p);
+  const int64_t packed_size = packed_entry_size<T, Target>(p), step = chunk_rows<T, Target>(p);
+  const bool packs = packs_inputs<T, Target>(p);
   RowTask<T> t = {.x_column_step = p.block_in,
                   .x_row_step = p.in_features,
                   .weights_size = p.block_out * p.block_in,
@@ -234,13 +260,15 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
   for (int64_t n = batch.begin; n < batch.end; n += step) {
     t.batch = min64(step, batch.end - n);
     t.x = p.x + n * p.in_features;
-    if (packs_inputs(p)) {
-      pack_panels<T, Target::MinLanes>(t.x, t.batch, p.in_features, p.block_in, p.block_in, {0, t.batch}, scratch);
+    if (packs) {
+      pack_panels<T, Target::MaxLanes>(t.x, t.batch, p.in_features, p.block_in, p.block_in, {0, t.batch}, scratch);
       t.x = scratch;
       t.x_column_step = t.batch * p.block_in;
       t.x_row_step = p.block_in;
     }
+    const int64_t next_rows = packs ? 0 : min64(step, batch.end - n - t.batch);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
+      prefetch_share(t.x + t.batch * p.in_features, next_rows * p.in_features, row - rows.begin, rows.end - rows.begin);
       const int64_t first = p.ptr[row], out = row * p.block_out;
       t.idx = p.idx + first;
       t.entries = p.ptr[row + 1] - first;
@@ -306,7 +334,8 @@ template <typename T, int L, int R, class Target>
 void sampled_panels(const SampledBlocks<T>& s, const T* a_panel, const T* b_panel, int64_t width, int64_t panel,
                     T* entry) {
   for (; panel + (R - 1) * L < s.block_in; panel += R * L)
-    sampled_rows<T, L, R, tile_rows<Target::Accumulators, R>()>(s, a_panel, b_panel, width, 0, panel, entry);
+    sampled_rows<T, L, R, sampled_rows_per_tile<Target::Accumulators, R>()>(s, a_panel, b_panel, width, 0, panel,
+                                                                            entry);
   if constexpr (R > 1) {
     if (panel < s.block_in) sampled_panels<T, L, R - 1, Target>(s, a_panel, b_panel, width, panel, entry);
   }
@@ -346,8 +375,9 @@ int64_t sampled_scratch(const SampledBlocks<T>& s) {
 
 template <typename T, class Target>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {packed_entry_size<T, Target>, pack_weights<T, Target>,          product_scratch<T>, product<T, Target>,
-          panel_width<T, Target>,       pack_panels<T, Target::MinLanes>, sampled_scratch<T>, sampled<T, Target>};
+  return {packed_entry_size<T, Target>, pack_weights<T, Target>, product_scratch<T, Target>,
+          product<T, Target>,           panel_width<T, Target>,  pack_panels<T, Target::MaxLanes>,
+          sampled_scratch<T>,           sampled<T, Target>};
 }
 
 }  // namespace
