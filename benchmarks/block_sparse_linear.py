@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ SHAPES = ((256, 1024, 1024), (512, 2048, 2048), (1024, 1024, 1024), (256, 4096, 
 DENSITIES = (0.5, 0.2, 0.1, 0.05)
 FORWARD_BARS = {4: 0.5, 8: 0.9, 16: 1.0, 32: 1.0, 64: 1.0}  # times 1 / density
 BACKWARD_BLOCKS = (16, 32, 64)
+GPU_SHAPES = ((4096, 4096, 4096), (512, 8192, 8192))
+GPU_BLOCKS = (16, 32, 64, 128)
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def entries() -> Iterator[Entry]:
@@ -28,6 +32,27 @@ def entries() -> Iterator[Entry]:
     for _, in_features, out_features in (SHAPES[0], SHAPES[1], SHAPES[3]):
         for density in DENSITIES:
             yield _entry("forward", (1, in_features, out_features), 32, density, "dense", {"bars": 0.7 / density})
+
+
+def cuda_entries() -> Iterator[Entry]:
+    """Rows for whoever has a GPU, against cuBLAS and both ways into torch.sparse BSR (the last is Triton)."""
+    for shape, block, density, dtype in product(GPU_SHAPES, GPU_BLOCKS, DENSITIES, GPU_DTYPES):
+        suites = {"bars": None, "foundation": None} if block in (32, 64) and dtype == torch.bfloat16 else {"bars": None}
+        if shape == GPU_SHAPES[0] and block == 64 and dtype == torch.bfloat16:
+            suites["quick"] = None
+        for direction in ("forward", "forward+backward"):
+            yield _gpu_entry(direction, shape, block, density, "dense", dtype, suites)
+        if dtype != torch.float32:
+            for peer in ("F.linear(x, BSR)", "bsr_dense_addmm"):
+                yield _gpu_entry("forward", shape, block, density, peer, dtype, suites)
+
+
+def _gpu_entry(direction, shape, block, density, peer, dtype, suites) -> Entry:
+    make = partial(_gpu_backward_case if direction == "forward+backward" else _gpu_forward_case, *shape, block, density)
+    batch, in_features, out_features = shape
+    name = str(dtype).removeprefix("torch.")
+    text = f"({batch}, {in_features}->{out_features}) {name}"
+    return Entry(OP, f"block {block}", text, density, direction, peer, partial(make, peer, dtype), suites, dtype=name)
 
 
 def _against_dense(shape: tuple, density: float) -> Iterator[Entry]:
@@ -48,6 +73,34 @@ def _entry(direction: str, shape: tuple, block: int, density: float, peer: str, 
     return Entry(
         OP, f"block {block}", f"({batch}, {in_features}->{out_features})", density, direction, peer, make, suites
     )
+
+
+def _gpu_inputs(batch, in_features, out_features, block, density, dtype, device):
+    layout, *tensors = _inputs(batch, in_features, out_features, block, density)
+    return layout.to(device), *(tensor.to(device, dtype) for tensor in tensors)
+
+
+def _gpu_forward_case(batch, in_features, out_features, block, density, peer, dtype, device="cuda") -> Case:
+    layout, x, values, bias = _gpu_inputs(batch, in_features, out_features, block, density, dtype, device)
+    weight = layout.unpack(values)
+    dense = [F.linear(x, weight, bias)]
+    exact = [F.linear(x.double(), weight.double(), bias.double())]
+    ours = side(lambda: block_sparse_linear(x, values, layout, bias), exact, dense)
+    if peer == "bsr_dense_addmm":
+        from torch.sparse._triton_ops import bsr_dense_addmm
+
+        bsr, columns, offset = layout.to_bsr(values), x.T.contiguous(), bias[:, None].expand(-1, batch).contiguous()
+        theirs = side(lambda: bsr_dense_addmm(offset, bsr, columns), exact, dense, lambda y: [y.T])
+    else:
+        other = layout.to_bsr(values) if peer == "F.linear(x, BSR)" else weight
+        theirs = side(lambda: F.linear(x, other, bias), exact, dense)
+    return Case(ours, theirs, device=device)
+
+
+def _gpu_backward_case(batch, in_features, out_features, block, density, peer, dtype, device="cuda") -> Case:
+    layout, x, values, bias = _gpu_inputs(batch, in_features, out_features, block, density, dtype, device)
+    grad = torch.randn(batch, out_features, device=device, dtype=dtype)
+    return _both_directions(layout, x, values, bias, grad)
 
 
 def _inputs(batch: int, in_features: int, out_features: int, block: int, density: float):
@@ -77,7 +130,11 @@ def _forward_case(batch: int, in_features: int, out_features: int, block: int, d
 
 def _backward_case(batch: int, in_features: int, out_features: int, block: int, density: float, peer: str) -> Case:
     layout, x, values, bias = _inputs(batch, in_features, out_features, block, density)
-    weight, grad = layout.unpack(values), torch.randn(batch, out_features)
+    return _both_directions(layout, x, values, bias, torch.randn(batch, out_features))
+
+
+def _both_directions(layout: BlockLayout, x, values, bias, grad) -> Case:
+    weight = layout.unpack(values)
 
     def packed(outputs):
         y, grad_x, grad_weight, grad_bias = outputs
@@ -88,4 +145,4 @@ def _backward_case(batch: int, in_features: int, out_features: int, block: int, 
     exact, dense = packed(differentiated(F.linear, double, grad.double())()), packed(theirs())
     sparse = lambda x, values, bias: block_sparse_linear(x, values, layout, bias)  # noqa: E731
     ours = side(differentiated(sparse, leaves(x, values, bias), grad), exact, dense)
-    return Case(ours, side(theirs, exact, dense, packed))
+    return Case(ours, side(theirs, exact, dense, packed), device=x.device.type)

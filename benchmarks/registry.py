@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 MODULES = ("block_sparse_linear", "masked_linear", "threshold_attention", "overhead")
+GPU_MODULES = ("block_sparse_linear", "masked_linear")  # these have cuda_entries()
+DEVICES = ("cpu", "cuda")
 SUITES = ("quick", "foundation", "bars", "all")
 
 Outputs = Sequence[torch.Tensor]
@@ -28,6 +30,7 @@ class Case:
     ours: Side
     peer: Side | None
     density: float | None = None  # where only the input tells
+    device: str = "cpu"  # one of DEVICES: it decides how time is taken
 
 
 class Mismatch(Exception):
@@ -68,9 +71,13 @@ class Entry:
         return self.suites.get("bars" if suite == "all" else suite)
 
 
-def select(suite: str, modules: Sequence[str] | None = None) -> list[Entry]:
-    """The entries of a suite, of all modules or of those named."""
-    entries = [
-        entry for name in modules or MODULES for entry in importlib.import_module(f"benchmarks.{name}").entries()
-    ]
+def select(suite: str, modules: Sequence[str] | None = None, device: str = "cpu") -> list[Entry]:
+    """The entries of a suite on a device, of all modules or of those named."""
+    entries = []
+    for name in modules or (MODULES if device == "cpu" else GPU_MODULES):
+        module = importlib.import_module(f"benchmarks.{name}")
+        if device == "cpu":
+            entries += module.entries()
+        elif name in GPU_MODULES:
+            entries += module.cuda_entries()
     return [entry for entry in entries if suite == "all" or suite in entry.suites]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.registry import MODULES, SUITES, Case, Entry, Mismatch, select
+from benchmarks.registry import DEVICES, MODULES, SUITES, Case, Entry, Mismatch, select
 from benchmarks.report import Report
 from benchmarks.system import describe_run
 from benchmarks.timing import LEAST_ROUNDS, measure
@@ -18,6 +18,7 @@ from compsparse_kernels.testing import num_threads
 
 SCHEMA = 1
 INTERRUPTED = 130
+NO_GPU = "torch can use no GPU here, so there is nothing to measure on cuda: run this on a machine with one."
 
 EXAMPLES = """suites:
   quick        some rows of each op, under half a minute
@@ -29,6 +30,7 @@ examples:
   python -m benchmarks.run                                      the quick suite
   python -m benchmarks.run --suite bars --json bars.json --plot plots --threads 1,2
   python -m benchmarks.run --op masked_linear --suite bars      one op
+  python -m benchmarks.run --device cuda --suite all --json gpu.json   on a GPU, against cuBLAS and torch.sparse
 
 A row's ratio is peer / ours: 2 means twice as fast as the peer, below 1 slower. Both run in turn in this process; the
 ratio is the median over the rounds, the spread their interquartile range. Both results are compared with float64 first;
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--op", choices=MODULES, action="append", help="rows of this op only (may be given again for more)"
     )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where both sides run (%(default)s)")
     parser.add_argument(
         "--threads",
         type=_thread_counts,
@@ -64,13 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the suite. 0: measured; 1: some result was wrong; 130: stopped by Ctrl-C (what was measured is written)."""
+    """Runs the suite. 0: measured; 1: some result was wrong; 2: no such device; 130: stopped by Ctrl-C (what was
+    measured is written)."""
     arguments = build_parser().parse_args(argv)
     warnings.filterwarnings(
         "ignore", message="Sparse (BSR|CSR) tensor support is in beta"
     )  # it would tear the live table
-    entries = select(arguments.suite, arguments.op)
-    threads = arguments.threads or [torch.get_num_threads()]
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        console_for(arguments.json).print(NO_GPU)
+        return 2
+    entries = select(arguments.suite, arguments.op, arguments.device)
+    threads = (arguments.device == "cpu" and arguments.threads) or [torch.get_num_threads()]
     seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
     torch.manual_seed(seed)
     console = console_for(arguments.json)
@@ -86,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {
         "suite": arguments.suite,
         "ops": arguments.op,
+        "device": arguments.device,
         "threads": threads,
         "rounds": arguments.rounds,
         "seed": seed,

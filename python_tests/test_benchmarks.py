@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention_peers, overhead, plots, registry, run, timing
+from benchmarks import attention_peers, block_sparse_linear, overhead, plots, registry, run, timing
 from benchmarks import threshold_attention as attention_rows
 from benchmarks.inputs import fastest, mask_of_density, side
-from benchmarks.registry import MODULES, Case, Entry, Mismatch, Side, select
+from benchmarks.registry import GPU_MODULES, MODULES, Case, Entry, Mismatch, Side, select
 from compsparse_kernels.testing import random_tensor
 
 ROW_KEYS = {"name", "op", "variant", "shape", "density", "dtype", "direction", "peer", "threads", "ours_ms", "peer_ms"}
@@ -31,7 +31,7 @@ def wrong_case():
 
 
 def run_main(monkeypatch, tmp_path, entries, *argv):
-    monkeypatch.setattr(run, "select", lambda suite, ops: entries)
+    monkeypatch.setattr(run, "select", lambda suite, ops, device: entries)
     path = tmp_path / "result.json"
     code = run.main(["--json", str(path), *argv])
     return code, json.loads(path.read_text())
@@ -49,6 +49,26 @@ def test_quick_rows_of_one_op_end_to_end(tmp_path):
         assert set(row) == ROW_KEYS
         assert row["error"] is None and row["ours_ms"] > 0 and row["peer_ms"] > 0 and row["spread"] >= 0
         assert row["ok"] == (row["ours_ms"] <= row["limit_ms"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_on_cuda_it_says_that_there_is_no_gpu(capsys):
+    assert run.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().out.startswith("torch can use no GPU here")
+
+
+def test_rows_of_a_gpu_have_names_of_their_own_and_compute_the_same():
+    entries = select("all", device="cuda")
+    assert {entry.op for entry in entries} == set(GPU_MODULES)
+    assert len({entry.name for entry in entries}) == len(entries)
+    small = (64, 96, 64, 32, 0.5)
+    for peer in ("dense", "F.linear(x, BSR)"):
+        case = block_sparse_linear._gpu_forward_case(*small, peer, torch.float32, device="cpu")
+        case.ours.check(case.ours.run())
+        case.peer.check(case.peer.run())
+    case = block_sparse_linear._gpu_backward_case(*small, "dense", torch.float32, device="cpu")
+    case.ours.check(case.ours.run())
+    case.peer.check(case.peer.run())
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "overhead"])

@@ -225,10 +225,25 @@ def test_explicit_backends():
 @needs_kernels
 def test_explain(op):
     assert op in OPS
-    assert explain(op) == explain(op, torch.zeros(2)) == {"cpu": "runs", "reference": "available"}
-    half = {"cpu": "dtype bfloat16 (has float32, float64)", "reference": "runs"}
-    assert explain(op, torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)) == half
-    assert explain(op, torch.zeros(2, device="meta")) == {"cpu": "tensors are on meta", "reference": "runs"}
+    assert explain(op)["cpu"] == "runs" and explain(op)["reference"] == "available"
+    assert explain(op, torch.zeros(2))["cpu"] == "runs"
+    half = explain(op, torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
+    assert half["cpu"] == "dtype bfloat16 (has float32, float64)" and half["reference"] == "runs"
+    elsewhere = explain(op, torch.zeros(2, device="meta"))
+    assert elsewhere["cpu"] == "tensors are on meta" and elsewhere["reference"] == "runs"
+    assert elsewhere["cuda"] == "has no kernel of this op"
+
+
+@pytest.mark.parametrize("op", ["block_sparse_linear", "sampled_block_matmul"])
+def test_the_triton_launcher_is_registered_and_says_why_it_does_not_run_here(op):
+    pytest.importorskip("triton")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compsparse::{op}", "CUDA")
+    assert explain(op, torch.zeros(2))["triton"] == "tensors are on cpu"
+    if not torch.cuda.is_available():
+        assert explain(op)["triton"] == "there is no GPU here"
+    wanted = r"^backend: expected one that can run here \(triton can't\), got tensors are on cpu"
+    with pytest.raises(ValueError, match=wanted):
+        block_sparse_linear(X, VALUES, LAYOUT, backend="triton")
 
 
 # ---- errors
@@ -288,7 +303,11 @@ MESSAGES = [
         ValueError,
         "activation: expected None, 'relu', 'gelu' or 'silu', got <function",
     ),
-    (lambda: linear(backend="cuda"), ValueError, "backend: expected one of cpu, reference or None, got 'cuda'"),
+    (
+        lambda: linear(backend="gpu"),
+        ValueError,
+        "backend: expected one of cpu, triton, cuda, reference or None, got 'gpu'",
+    ),
     (lambda: sampled(a=[1.0]), ValueError, "a: expected 2-D tensor [batch, 5], got list"),
     (lambda: sampled(a=A[0]), ValueError, "a: expected 2-D tensor [batch, 5], got 1-D float32 tensor [5]"),
     (lambda: sampled(b=B[:, :2]), ValueError, "b: expected 2-D tensor [batch, 5], got 2-D float32 tensor [3, 2]"),

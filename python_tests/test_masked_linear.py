@@ -374,7 +374,12 @@ def test_backends(backend, kind):
 
 
 def test_explain():
-    assert set(explain("masked_linear")) == set(explain("sampled_matmul")) == {"cpu", "reference"}
+    for op in ("masked_linear", "sampled_matmul"):
+        reasons = explain(op)
+        assert set(reasons) == {"cpu", "triton", "cuda", "reference"}
+        assert reasons["triton"] == "has no kernel of this op"
+        if not torch.version.cuda:
+            assert reasons["cuda"] == "this torch was built without CUDA"
 
 
 # ---- errors
@@ -428,7 +433,7 @@ ERRORS = {
     "backend": (
         lambda: masked_linear(X, VALUES, LAYOUT, backend="gpu"),
         ValueError,
-        "backend: expected one of cpu, reference or None, got 'gpu'",
+        "backend: expected one of cpu, triton, cuda, reference or None, got 'gpu'",
     ),
     "sampled layout": (lambda: sampled_matmul(GRAD, X, None), TypeError, "layout: expected MaskLayout, got NoneType"),
     "sampled a": (

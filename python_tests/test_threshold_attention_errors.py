@@ -67,7 +67,12 @@ T = {"threshold": 0.1}
             ValueError,
             "key_padding_mask: expected bool tensor",
         ),
-        ((Q, K, V), T | {"backend": "gpu"}, ValueError, "backend: expected one of cpu, reference or None, got 'gpu'"),
+        (
+            (Q, K, V),
+            T | {"backend": "gpu"},
+            ValueError,
+            "backend: expected one of cpu, triton, cuda, reference or None, got 'gpu'",
+        ),
     ],
 )
 def test_errors(tensors, options, error, message):

@@ -81,8 +81,8 @@ def _block_linear(name: str, batch: int, layout: BlockLayout, activation: str | 
         "block_sparse_linear",
         name,
         _draw(x=(batch, layout.in_features), values=layout.values_shape, bias=(layout.out_features,)),
-        lambda x, values, bias: ops.block_sparse_linear(x, values, layout, bias, activation),
-        lambda x, values, bias: ACTIVATIONS[activation](F.linear(x, layout.unpack(values), bias)),
+        lambda x, values, bias: ops.block_sparse_linear(x, values, layout.to(x.device), bias, activation),
+        lambda x, values, bias: ACTIVATIONS[activation](F.linear(x, layout.to(x.device).unpack(values), bias)),
         multilinear=activation is None,
     )
 
@@ -92,8 +92,8 @@ def _sampled_blocks(name: str, batch: int, layout: BlockLayout) -> Case:
         "sampled_block_matmul",
         name,
         _draw(a=(batch, layout.out_features), b=(batch, layout.in_features)),
-        lambda a, b: ops.sampled_block_matmul(a, b, layout),
-        lambda a, b: layout.pack(a.mT @ b),
+        lambda a, b: ops.sampled_block_matmul(a, b, layout.to(a.device)),
+        lambda a, b: layout.to(a.device).pack(a.mT @ b),
     )
 
 
@@ -111,15 +111,15 @@ def _masked_cases() -> Iterator[Case]:
             "masked_linear",
             name,
             _draw(x=(batch, features[1]), values=layout.values_shape, bias=(features[0],)),
-            lambda x, values, bias, layout=layout: ops.masked_linear(x, values, layout, bias),
-            lambda x, values, bias, layout=layout: F.linear(x, layout.unpack(values), bias),
+            lambda x, values, bias, layout=layout: ops.masked_linear(x, values, layout.to(x.device), bias),
+            lambda x, values, bias, layout=layout: F.linear(x, layout.to(x.device).unpack(values), bias),
         )
         yield Case(
             "sampled_matmul",
             name,
             _draw(a=(batch, features[0]), b=(batch, features[1])),
-            lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout),
-            lambda a, b, layout=layout: layout.pack(a.mT @ b),
+            lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout.to(a.device)),
+            lambda a, b, layout=layout: layout.to(a.device).pack(a.mT @ b),
         )
 
 
@@ -160,7 +160,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> torch.Te
     scores = query @ key.mT / query.shape[-1] ** 0.5
     if not is_causal:
         return scores
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     return scores.masked_fill(~seen, -torch.inf)
 
 

@@ -12,17 +12,20 @@ from compsparse_kernels.cli.cases import Case, all_cases
 from compsparse_kernels.cli.machine import describe_machine
 from compsparse_kernels.cli.output import add_json_option, console_for, write_json
 from compsparse_kernels.ops import OPS, explain
-from compsparse_kernels.testing import DTYPES, THREADS, budget_used, num_threads
+from compsparse_kernels.ops.backends import dtypes_on
+from compsparse_kernels.testing import THREADS, budget_used, num_threads
 
 EXAMPLES = """examples:
   python -m compsparse_kernels check                       all ops
   python -m compsparse_kernels check --op masked_linear    one of them
   python -m compsparse_kernels check --json check.json     the result for a bug report
   COMPSPARSE_CPU=scalar python -m compsparse_kernels check the kernels of another instruction set
+  python -m compsparse_kernels check --device cuda --json check.json   the same on a GPU, half precision too
 
 The error of an op may be twice that of dense torch in the same dtype on the same input, plus one rounding; `budget`
 shows the largest share of it that was used, so 100 % and less is right. Results with 1, 2 and 3 threads must be equal
-bit by bit."""
+bit by bit; on a GPU, those of three runs."""
+NO_GPU = "torch can use no GPU here, so there is nothing to check on cuda: run this on a machine with one."
 
 
 def add_parser(subparsers) -> None:
@@ -42,22 +45,24 @@ def add_parser(subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     console = console_for(arguments.json)
-    if arguments.device == "cuda":
-        console.print("There is no GPU backend yet, so there is nothing to check on cuda.")
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print(NO_GPU)
         return 2
     started = time.perf_counter()
     cases = [case for case in all_cases() if not arguments.op or case.op in arguments.op]
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("checking", total=len(cases) * len(DTYPES))
+        task = progress.add_task("checking", total=sum(len(dtypes_on(device, case.op)) for case in cases))
         for case in cases:
             progress.update(task, description=case.op)
-            for dtype in DTYPES:
-                rows += check_case(case, dtype)
+            for dtype in dtypes_on(device, case.op):
+                rows += check_case(case, dtype, device)
                 progress.advance(task)
     failed = [row for row in rows if not row["ok"]]
-    backends = {op: next(name for name, state in explain(op).items() if state == "runs") for op in OPS}
+    example = torch.zeros(1, device=device)
+    backends = {op: next(name for name, state in explain(op, example).items() if state == "runs") for op in OPS}
     result = {"ok": not failed, "machine": describe_machine(), "backends": backends, "rows": rows}
     console.print(_summary(rows))
     console.print("run by: " + ", ".join(f"{op} {backend}" for op, backend in backends.items()), style="dim")
@@ -69,41 +74,45 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check_case(case: Case, dtype: torch.dtype) -> list[dict]:
+def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[dict]:
     """One row for the output and one for each gradient; an op that raises is a wrong row too."""
     common = {"op": case.op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
     try:
-        return [{**common, **row} for row in _compare(case, dtype)]
+        return [{**common, **row} for row in _compare(case, dtype, device)]
     except Exception as error:  # a check reports what is wrong, whatever it is, and goes on to the next op
         reason = f"{type(error).__name__}: {error}"
         return [{**common, "quantity": "all", "error": None, "budget_used": None, "ok": False, "reason": reason}]
 
 
-def _compare(case: Case, dtype: torch.dtype) -> Iterator[dict]:
-    exact = _output_and_gradients(case.dense, case.inputs, torch.float64)
-    dense = _output_and_gradients(case.dense, case.inputs, torch.float32)
-    absolute = {name: tensor.abs() for name, tensor in case.inputs.items()}
+def _compare(case: Case, dtype: torch.dtype, device: str) -> Iterator[dict]:
+    dense_dtype = torch.float32 if dtype == torch.float64 else dtype
+    inputs = {name: tensor.to(dtype).to(device, torch.float64) for name, tensor in case.inputs.items()}
+    exact = _output_and_gradients(case.dense, inputs, torch.float64)
+    dense = _output_and_gradients(case.dense, inputs, dense_dtype)
+    absolute = {name: tensor.abs() for name, tensor in inputs.items()}
     magnitude = _output_and_gradients(case.dense, absolute, torch.float64, absolute=True) if case.multilinear else {}
-    by_threads = []
+    runs = []
     for threads in THREADS:
         with num_threads(threads):
-            by_threads.append(_output_and_gradients(case.ours, case.inputs, dtype))
-    for quantity, ours in by_threads[0].items():
+            runs.append(_output_and_gradients(case.ours, inputs, dtype))
+    for quantity, ours in runs[0].items():
         used = budget_used(ours, dense[quantity], exact[quantity], magnitude.get(quantity))
-        same = all(torch.equal(ours, other[quantity]) for other in by_threads)
+        same = all(torch.equal(ours, other[quantity]) for other in runs)
         error = float((ours.double() - exact[quantity]).abs().max())
         reason = "" if used <= 1 else f"error {error:.3g} is {used:.3g} times the budget"
         if not same:
-            reason = "; ".join(filter(None, [reason, "results with 1, 2 and 3 threads differ"]))
+            differ = "results with 1, 2 and 3 threads differ" if device == "cpu" else "results of three runs differ"
+            reason = "; ".join(filter(None, [reason, differ]))
         yield {"quantity": quantity, "error": error, "budget_used": used, "ok": not reason, "reason": reason}
 
 
 def _output_and_gradients(function, inputs: dict, dtype: torch.dtype, absolute: bool = False) -> dict:
     """{"output": ..., "grad of x": ...} for a random gradient of the output, the same in every dtype."""
-    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in inputs.items()}
     output = function(*leaves.values())
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    grads = torch.autograd.grad(output, list(leaves.values()), (grad.abs() if absolute else grad).to(dtype))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # every dtype holds it
+    grad = (grad.abs() if absolute else grad).to(output.device, dtype)
+    grads = torch.autograd.grad(output, list(leaves.values()), grad)
     gradients = {f"grad of {name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
     return {"output": output.detach(), **gradients}
 

@@ -60,6 +60,7 @@ def _machine_table(machine: dict) -> Table:
         table.add_row(name, version or "not installed")
     table.add_row("processor", f"{machine['processor']} ({machine['architecture']})")
     table.add_row("cores, threads", f"{machine['cores']} usable, torch uses {machine['threads']}")
+    table.add_row("GPU", machine["gpu"] or "none that torch can use")
     table.add_row("instruction set", machine["instruction_set"] or "none: the compiled kernels are not there")
     table.add_row(f"cap ({CAP})", machine["instruction_set_cap"] or "not set")
     table.add_row("system", machine["system"])

@@ -14,6 +14,7 @@ from compsparse_kernels.ops import cpu_isa
 CAP = "COMPSPARSE_CPU"
 COMPILED_MODULES = {
     "_C": "CPU kernels; without it every op runs its dense reference",
+    "_C_cuda": "CUDA C++ kernels of unstructured masks, for a torch that has CUDA",
     "_layout": "index arrays of layouts; without it numpy builds them",
 }
 
@@ -25,6 +26,7 @@ def describe_machine() -> dict:
         "architecture": platform.machine(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "instruction_set": cpu_isa(),
         "instruction_set_cap": os.environ.get(CAP),
         "system": f"{platform.system()} {platform.release()}",

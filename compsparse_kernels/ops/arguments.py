@@ -4,13 +4,15 @@ import torch
 from torch.autograd import forward_ad
 
 from compsparse_kernels.layouts.checks import describe, require
+from compsparse_kernels.ops.backends import dtypes_on
 
-KERNEL_DTYPES = (torch.float32, torch.float64)
 
-
-def check_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in KERNEL_DTYPES:
-        require(False, name, "float32 or float64", describe(tensor), TypeError)
+def check_dtype(name: str, tensor: torch.Tensor, op: str) -> None:
+    """A dtype that the op takes on the tensor's device, and strided memory."""
+    dtypes = dtypes_on(tensor.device.type, op)
+    if tensor.dtype not in dtypes:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        require(False, name, f"{', '.join(most)} or {last}", describe(tensor), TypeError)
     if tensor.layout != torch.strided:
         require(False, name, "a dense (strided) tensor", f"one with layout {tensor.layout}", TypeError)
 
@@ -41,8 +43,14 @@ def autocasts(tensor: object) -> bool:
     return is_real and torch.is_autocast_enabled(tensor.device.type)
 
 
-def widen(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Half precision to float32, what kernels under autocast compute in; everything else as it is."""
-    if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
+def compute_dtype(op: str, device: str) -> torch.dtype:
+    """What an op computes in under autocast: autocast's dtype where it has kernels for it, else float32."""
+    wanted = torch.get_autocast_dtype(device)
+    return wanted if wanted in dtypes_on(device, op) else torch.float32
+
+
+def autocast_to(dtype: torch.dtype, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What autocast makes of an argument: float32 and half precision become ``dtype``, everything else stays."""
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return tensor.to(dtype)
     return tensor

@@ -1,7 +1,10 @@
 """Which backends an op has here, and why not the others. torch's dispatcher is the only router; this explains it."""
 
+import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -10,13 +13,34 @@ from compsparse_kernels.layouts.checks import require
 try:
     from compsparse_kernels import _C  # registers the CPU kernels
 except ImportError as error:
-    _C, _missing = None, str(error)
+    _C, _no_cpu_kernels = None, f"compiled kernels are not there ({error})"
 else:
-    _missing = ""
+    _no_cpu_kernels = None
 
-BACKENDS = ("cpu", "reference")
+_no_cuda_kernels = "this torch was built without CUDA"
+if torch.version.cuda:
+    try:
+        from compsparse_kernels import _C_cuda  # noqa: F401  (registers the CUDA C++ kernels)
+    except ImportError as error:
+        _no_cuda_kernels = f"compiled CUDA kernels are not there ({error})"
+    else:
+        _no_cuda_kernels = None
+
+_no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
+
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+_CPU_OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul", "threshold_attention")
+# Of each backend with kernels: its ops, the device and the dtypes it runs on, and why it is missing here, or None.
+_KERNELS = {
+    "cpu": (_CPU_OPS, "cpu", (torch.float32, torch.float64), _no_cpu_kernels),
+    "triton": (_CPU_OPS[:2], "cuda", (torch.float32, torch.float16, torch.bfloat16), _no_triton),
+    "cuda": (_CPU_OPS[2:4], "cuda", (torch.float32, torch.float64, torch.float16, torch.bfloat16), _no_cuda_kernels),
+}
+_ANYWHERE = (torch.float32, torch.float64)
+_DTYPES = {
+    (device, op): tuple(dict.fromkeys(_ANYWHERE + dtypes)) for ops, device, dtypes, _ in _KERNELS.values() for op in ops
+}
 CPU_CAPS = ("scalar", "avx2", "avx512")
-CPU_DTYPES = (torch.float32, torch.float64)
 
 
 _cap = os.environ.get("COMPSPARSE_CPU")
@@ -31,18 +55,44 @@ def cpu_isa() -> str | None:
     return None if _C is None else _C.cpu_isa()
 
 
-def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
-    """The reason why a backend can't run on these tensors, or None if it can."""
+def dtypes_on(device: str, op: str) -> tuple[torch.dtype, ...]:
+    """The dtypes an op takes on a type of device: those of its kernels; float32 and float64 on any (the reference)."""
+    return _DTYPES.get((device, op), _ANYWHERE)
+
+
+def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
+    """The reason why a backend can't run an op on these tensors, or None if it can."""
     if backend == "reference":
         return None
-    if _C is None:
-        return f"compiled kernels are not there ({_missing})"
+    ops, device, dtypes, missing = _KERNELS[backend]
+    if op not in ops:
+        return "has no kernel of this op"
+    if missing is not None:
+        return missing
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if tensor.device.type != device:
             return f"tensors are on {tensor.device.type}"
-        if tensor.dtype not in CPU_DTYPES:
-            return f"dtype {str(tensor.dtype).removeprefix('torch.')} (has float32, float64)"
+        if tensor.dtype not in dtypes:
+            return f"dtype {_name(tensor.dtype)} (has {', '.join(map(_name, dtypes))})"
+    if not tensors and device == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU here"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def register_triton(lib: torch.library.Library, op: str, module: str, reference: Callable) -> None:
+    """Registers a launcher at key CUDA. ``module`` (with a function named like the op) is imported at the first call;
+    what it has no kernel for runs the reference, as on any device without kernels."""
+
+    def launch(*arguments):
+        if why_not("triton", op, arguments[0]) is None:
+            return getattr(importlib.import_module(module), op)(*arguments)
+        return reference(*arguments)
+
+    lib.impl(op, launch, "CUDA")
 
 
 def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
@@ -63,13 +113,13 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     require(op in OPS, "op", f"one of {', '.join(OPS)}", repr(op))
     for tensor in tensors:
         require(isinstance(tensor, torch.Tensor), "tensors", "tensors", type(tensor).__name__, TypeError)
-    reasons = {backend: why_not(backend, *tensors) for backend in BACKENDS}
+    reasons = {backend: why_not(backend, op, *tensors) for backend in BACKENDS}
     chosen = next(backend for backend in BACKENDS if reasons[backend] is None)
     return {backend: "runs" if backend == chosen else reason or "available" for backend, reason in reasons.items()}
 
 
-def check_backend(backend: str | None, *tensors: torch.Tensor) -> None:
+def check_backend(backend: str | None, op: str, *tensors: torch.Tensor) -> None:
     """An explicit ``backend=`` runs or says why not."""
     require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)} or None", repr(backend))
-    reason = why_not(backend, *tensors)
+    reason = why_not(backend, op, *tensors)
     require(reason is None, "backend", f"one that can run here ({backend} can't)", reason)

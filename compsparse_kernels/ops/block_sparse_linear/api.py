@@ -4,7 +4,14 @@ import torch
 
 from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
+from compsparse_kernels.ops.arguments import (
+    autocast_to,
+    autocasts,
+    check_dtype,
+    check_same,
+    compute_dtype,
+    refuse_forward_mode,
+)
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -60,7 +67,7 @@ def block_sparse_linear(
     name = "none" if activation is None else activation
     order, other = layout.by_output, layout.by_input
     if backend is not None:
-        check_backend(backend, x)
+        check_backend(backend, "block_sparse_linear", x)
     if backend == "reference":
         y = reference.block_sparse_linear(flat, values, bias, *order, layout.out_features, layout.transposed, name)
     else:
@@ -96,7 +103,7 @@ def sampled_block_matmul(a: torch.Tensor, b: torch.Tensor, layout: BlockLayout) 
         ok = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == features
         require(ok, name, f"2-D tensor [batch, {features}]", describe(tensor))
         check_same(name, tensor, "a", a)
-    check_dtype("a", a)
+    check_dtype("a", a, "sampled_block_matmul")
     _check_layout_device(layout, "a", a)
     require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
     refuse_forward_mode(("a", a), ("b", b))
@@ -170,9 +177,9 @@ class _SampledBlockMatmul(torch.autograd.Function):
 
 def _under_autocast(x, values, layout, bias, activation, backend):
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
+    dtype, compute = torch.get_autocast_dtype(device), compute_dtype("block_sparse_linear", device)
     with torch.autocast(device, enabled=False):
-        x, values, bias = (widen(tensor) for tensor in (x, values, bias))
+        x, values, bias = (autocast_to(compute, tensor) for tensor in (x, values, bias))
         return block_sparse_linear(x, values, layout, bias, activation, backend=backend).to(dtype)
 
 
@@ -197,7 +204,7 @@ def _check(x, values, layout, bias, activation):
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None:
             check_same(name, tensor, "x", x)
-    check_dtype("x", x)
+    check_dtype("x", x, "block_sparse_linear")
     _check_layout_device(layout, "x", x)
     if activation not in ACTIVATIONS:
         require(False, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))

@@ -8,6 +8,7 @@ One order of a :class:`BlockLayout` comes as (ptr, idx, slot). ``transposed``: v
 
 import torch
 
+from compsparse_kernels.ops.backends import register_triton
 from compsparse_kernels.ops.block_sparse_linear import reference
 
 lib = torch.library.Library("compsparse", "FRAGMENT")
@@ -25,6 +26,8 @@ lib.define(
 )
 lib.impl("block_sparse_linear", reference.block_sparse_linear, "CompositeExplicitAutograd")
 lib.impl("sampled_block_matmul", reference.sampled_block_matmul, "CompositeExplicitAutograd")
+for _op in ("block_sparse_linear", "sampled_block_matmul"):
+    register_triton(lib, _op, f"{__package__}.triton", getattr(reference, _op))
 
 
 @torch.library.register_fake("compsparse::block_sparse_linear", lib=lib)

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
+from compsparse_kernels.ops.arguments import (
+    autocast_to,
+    autocasts,
+    check_dtype,
+    check_same,
+    compute_dtype,
+    refuse_forward_mode,
+)
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
 from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
@@ -57,7 +64,7 @@ def masked_linear(
         return _under_autocast(x, values, layout, bias, backend)
     _check(x, values, layout, bias)
     if backend is not None:
-        check_backend(backend, x)
+        check_backend(backend, "masked_linear", x)
     if layout.kind == "block":
         return block_sparse_linear(x, layout.masked(values), layout.blocks, bias, backend=backend)
     if layout.kind == "dense":
@@ -162,9 +169,9 @@ class _SampledMatmul(torch.autograd.Function):
 
 def _under_autocast(x, values, layout, bias, backend):
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
+    dtype, compute = torch.get_autocast_dtype(device), compute_dtype("masked_linear", device)
     with torch.autocast(device, enabled=False):
-        x, values, bias = (widen(tensor) for tensor in (x, values, bias))
+        x, values, bias = (autocast_to(compute, tensor) for tensor in (x, values, bias))
         return masked_linear(x, values, layout, bias, backend=backend).to(dtype)
 
 
@@ -179,7 +186,7 @@ def _check(x, values, layout, bias):
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None:
             check_same(name, tensor, "x", x)
-    check_dtype("x", x)
+    check_dtype("x", x, "masked_linear")
     _check_device(layout, "x", x)
 
 
@@ -189,7 +196,7 @@ def _check_sampled(a, b, layout):
         ok = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == features
         require(ok, name, f"2-D tensor [batch, {features}]", describe(tensor))
         check_same(name, tensor, "a", a)
-    check_dtype("a", a)
+    check_dtype("a", a, "sampled_matmul")
     require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
     _check_device(layout, "a", a)
 

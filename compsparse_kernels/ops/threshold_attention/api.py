@@ -6,7 +6,14 @@ import torch
 
 from compsparse_kernels.layouts import AttentionSupport
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocasts, check_dtype, check_same, refuse_forward_mode, widen
+from compsparse_kernels.ops.arguments import (
+    autocast_to,
+    autocasts,
+    check_dtype,
+    check_same,
+    compute_dtype,
+    refuse_forward_mode,
+)
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.threshold_attention import contract, reference  # noqa: F401  (contract defines the ops)
 
@@ -96,7 +103,7 @@ def threshold_attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     arguments = (query, key, value, attn_bias, key_padding_mask, float(threshold), rule, is_causal, scale)
     if backend is not None:
-        check_backend(backend, query)
+        check_backend(backend, "threshold_attention", query)
     out, *arrays = _run(arguments, return_support, backend)
     if len(leading) != 2:
         out = out.view(*leading, *out.shape[2:])
@@ -173,9 +180,9 @@ def _bias_grad(score_grad, row_ptr, col_idx, rows_shape, bias_shape):
 
 def _under_autocast(query, key, value, attn_bias, **kwargs):
     device = query.device.type
-    dtype = torch.get_autocast_dtype(device)
+    dtype, compute = torch.get_autocast_dtype(device), compute_dtype("threshold_attention", device)
     with torch.autocast(device, enabled=False):
-        query, key, value, attn_bias = (widen(tensor) for tensor in (query, key, value, attn_bias))
+        query, key, value, attn_bias = (autocast_to(compute, tensor) for tensor in (query, key, value, attn_bias))
         result = threshold_attention(query, key, value, attn_bias=attn_bias, **kwargs)
     return (result[0].to(dtype), result[1]) if kwargs["return_support"] else result.to(dtype)
 
@@ -213,7 +220,7 @@ def _check_tensors(query, key, value, enable_gqa):
                 False, name, wanted, describe(tensor), ValueError if isinstance(tensor, torch.Tensor) else TypeError
             )
         check_same(name, tensor, "query", query)
-    check_dtype("query", query)
+    check_dtype("query", query, "threshold_attention")
     *batch, heads = query.shape[:-2] if query.dim() > 2 else (1,)
     *key_batch, kv_heads = key.shape[:-2] if key.dim() > 2 else (1,)
     if key_batch != batch:

@@ -1,0 +1,408 @@
+"""Triton kernels of the block-sparse ops, for CUDA and ROCm: float32, float16 and bfloat16, accumulation in float32.
+
+product   one program owns a tile [TILE_BATCH, one block row] of y and walks the entries of that row. Either order of a
+          layout and either storage of a block serve, so the gradient of the input is the same kernel.
+sampled   one program owns one value block and walks the batch (and the entries that share the block).
+
+Every output has one owner and one order of summation, so results are the same run to run; there are no atomics. Blocks
+whose sides are no power of two, or below 16, are padded in registers, never in memory.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
+
+LEAST_TILE = 16  # sides of a tensor-core product
+LARGEST_BATCH_TILE = 256
+LARGEST_TILE = 128 * 128  # sums of one program: 64 a thread with 8 warps
+STEP_BYTES = 128  # of a row of each operand that one step reads: a cache line
+ENOUGH_PROGRAMS = 264  # two for each multiprocessor of a large GPU
+INTERPRETED = triton.knobs.runtime.interpret
+GROUP = 8  # block rows that walk the batch together, so that they find its inputs in the second-level cache
+
+
+class Launch(NamedTuple):
+    """One call of a kernel. Tests compile and execute it without a GPU, in each of its configurations."""
+
+    kernel: "triton.runtime.Autotuner"
+    arguments: dict[str, object]  # by name; the order of summation is in them, so no configuration changes a result
+    programs: int
+
+    def __call__(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments)
+
+
+def block_sparse_linear(x, values, bias, ptr, idx, slot, out_features, transposed, activation):
+    """The op of the same name at key CUDA."""
+    y = x.new_empty(x.shape[0], out_features)
+    if y.numel():
+        product_launch(x, values, bias, ptr, idx, slot, transposed, activation, y)()
+    return y
+
+
+def sampled_block_matmul(a, b, ptr, idx, slot, num_slots, shared, block_out, block_in):
+    """The op of the same name at key CUDA."""
+    values = a.new_empty(num_slots, block_out, block_in)
+    if num_slots:
+        sampled_launch(a, b, ptr, idx, slot, shared, values)()
+    return values
+
+
+def product_launch(x, values, bias, ptr, idx, slot, transposed, activation, y) -> Launch:
+    """How ``y = act(x W^T + b)`` is launched."""
+    batch, in_features = x.shape
+    rows = len(ptr) - 1
+    block_out, block_in = values.shape[2 if transposed else 1], values.shape[1 if transposed else 2]
+    tile_batch = batch_tile(batch, rows, padded(block_out))
+    arguments = {
+        "x": x.contiguous(),
+        "values": values.contiguous(),
+        "bias": x if bias is None else bias.contiguous(),
+        "y": y,
+        "ptr": ptr,
+        "idx": idx,
+        "slot": slot,
+        "order": longest_first(ptr),
+        "batch": batch,
+        "in_features": in_features,
+        "out_features": y.shape[1],
+        "rows": rows,
+        "BLOCK_OUT": block_out,
+        "BLOCK_IN": block_in,
+        "TILE_OUT": padded(block_out),
+        "TILE_IN": min(padded(block_in), STEP_BYTES // x.element_size()),
+        "TILE_BATCH": tile_batch,
+        "TRANSPOSED": transposed,
+        "HAS_BIAS": bias is not None,
+        "ACTIVATION": activation,
+        "EVEN_IN": block_in == padded(block_in) and in_features % block_in == 0,
+        "PRECISION": dot_precision(x.dtype),
+        "GROUP": GROUP,
+    }
+    return Launch(product_kernel, arguments, rows * triton.cdiv(batch, tile_batch))
+
+
+def sampled_launch(a, b, ptr, idx, slot, shared, values) -> Launch:
+    """How the blocks of ``a^T b`` are launched."""
+    num_slots, block_out, block_in = values.shape
+    slot_ptr, entry_row, entry_column = entries_by_slot(ptr, idx, slot, num_slots if shared else None)
+    batch, out_features, in_features = a.shape[0], a.shape[1], b.shape[1]
+    even = block_out == padded(block_out) and block_in == padded(block_in)
+    tile_batch = STEP_BYTES // a.element_size()
+    arguments = {
+        "a": a.contiguous(),
+        "b": b.contiguous(),
+        "values": values,
+        "slot": slot,
+        "slot_ptr": slot_ptr,
+        "entry_row": entry_row,
+        "entry_column": entry_column,
+        "batch": batch,
+        "out_features": out_features,
+        "in_features": in_features,
+        "BLOCK_OUT": block_out,
+        "BLOCK_IN": block_in,
+        "TILE_OUT": padded(block_out),
+        "TILE_IN": padded(block_in),
+        "TILE_BATCH": tile_batch,
+        "SHARED": shared,
+        "EVEN_BATCH": batch % tile_batch == 0,
+        "EVEN_BLOCKS": even and out_features % block_out == 0 and in_features % block_in == 0,
+        "PRECISION": dot_precision(a.dtype),
+    }
+    return Launch(sampled_kernel, arguments, num_slots)
+
+
+def padded(side: int) -> int:
+    """The side of the tile that holds a block's side."""
+    return max(LEAST_TILE, triton.next_power_of_2(side))
+
+
+def batch_tile(batch: int, rows: int, tile_out: int) -> int:
+    """Batch rows of a tile of the product: many, so that blocks are read seldom, but enough programs for a GPU."""
+    tile = min(LARGEST_BATCH_TILE, LARGEST_TILE // tile_out, padded(batch))
+    while tile > LEAST_TILE and rows * triton.cdiv(batch, tile) < ENOUGH_PROGRAMS:
+        tile //= 2
+    return tile
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """tf32 where torch's own products would use it. Half precision has one way only."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+_derived = WeakIdKeyDictionary()  # ptr of an order -> (name, idx, slot) -> what the kernels need besides
+
+
+def _kept(ptr: torch.Tensor, key: tuple, make):
+    """What ``make()`` returns, made once for an order: its tensors are told by identity, as layouts never change."""
+    kept = _derived.setdefault(ptr, {})
+    name, *others = key
+    found = kept.get(name)
+    if found is None or any(one is not other for one, other in zip(found[0], others, strict=True)):
+        found = kept[name] = (others, make())
+    return found[1]
+
+
+def longest_first(ptr: torch.Tensor) -> torch.Tensor:
+    """int32 ``[rows]``: block rows by falling number of entries, so that no long one starts last."""
+    return _kept(ptr, ("longest_first",), lambda: ptr.diff().argsort(descending=True, stable=True).int())
+
+
+def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(offsets of each slot int64, block row and block column of each entry int32), entries sorted by slot; as they
+    come where no slots are shared (``num_slots`` None)."""
+
+    def make():
+        lengths = ptr.diff()
+        row = torch.arange(len(lengths), dtype=torch.int32, device=ptr.device)
+        row = row.repeat_interleave(lengths, output_size=len(idx))
+        if num_slots is None:
+            return ptr, row, idx
+        slots, entries = slot.sort(stable=True)
+        offsets = torch.searchsorted(slots, torch.arange(num_slots + 1, dtype=slot.dtype, device=slot.device))
+        return offsets, row[entries], idx[entries]
+
+    return _kept(ptr, ("entries_by_slot", idx, slot), make)
+
+
+# Two stages are for targets with little shared memory: see `suitable`.
+CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w in (4, 8, 2, 1)]
+
+
+def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
+    """The configurations to choose from: the tiles in flight fit in ``shared_memory`` bytes, each warp has a product
+    for the tensor cores, each thread copies at least 4 bytes of an operand (less is not copied asynchronously), and
+    none holds so many sums that registers spill (64 leave room)."""
+    product = "x" in arguments
+    outer, inner, step = (arguments[name] for name in (_PRODUCT_TILE if product else _SAMPLED_TILE))
+    row_bytes = step * arguments["x" if product else "a"].element_size()
+
+    def fits(config):
+        return config.num_stages * (outer + inner) * row_bytes <= shared_memory
+
+    def shares(config):
+        threads = 32 * config.num_warps
+        busy = outer * inner >= 16 * threads and min(outer, inner) * row_bytes >= 4 * threads
+        return outer * inner <= 64 * threads and (busy or config.num_warps == 1)
+
+    sharing = [config for config in configs if shares(config)]
+    fitting = [config for config in sharing if fits(config)]
+    deep = [config for config in fitting if config.num_stages > configs[-1].num_stages]
+    return deep or fitting or sharing[-1:]
+
+
+_PRODUCT_TILE = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
+_SAMPLED_TILE = ("TILE_OUT", "TILE_IN", "TILE_BATCH")
+
+
+def _prune(configs, named_arguments, **arguments):
+    arguments = {**named_arguments, **arguments}
+    if INTERPRETED:
+        return configs[:1]
+    device = triton.runtime.driver.active.get_current_device()
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return suitable(configs, arguments, properties["max_shared_mem"])
+
+
+def _tuned(configs: list[triton.Config], key: list[str]):
+    """The fastest configuration, measured once for each key and kept in Triton's cache folder."""
+    return triton.autotune(
+        configs, key=key, prune_configs_by={"early_config_prune": _prune}, cache_results=not INTERPRETED
+    )
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0, 0.0, z)  # keeps NaN
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@_tuned(
+    CONFIGS,
+    ["BLOCK_OUT", "BLOCK_IN", "TILE_BATCH", "TRANSPOSED", "EVEN_IN", "PRECISION", "in_features", "out_features"],
+)
+@triton.jit
+def product_kernel(
+    x,  # [batch, in_features]
+    values,  # [slots, BLOCK_OUT, BLOCK_IN], or [slots, BLOCK_IN, BLOCK_OUT] where TRANSPOSED
+    bias,  # [out_features] where HAS_BIAS
+    y,  # [batch, out_features]
+    ptr,  # [rows + 1], int64
+    idx,  # [entries], int32
+    slot,  # [entries], int32
+    order,  # [rows], int32: block rows, those with most entries first
+    batch,
+    in_features,
+    out_features,
+    rows,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles = tl.cdiv(batch, TILE_BATCH)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles) * GROUP
+    together = min(rows - first, GROUP)
+    inside = pid % (GROUP * tiles)
+    row = tl.load(order + first + inside % together)
+
+    first_n = inside // together * TILE_BATCH
+    n = first_n + tl.arange(0, TILE_BATCH)
+    o = tl.arange(0, TILE_OUT)
+    k = tl.arange(0, TILE_IN)
+    # Offsets inside a tile are 32-bit and the same at every step; what moves is one 64-bit base. Rows past the batch
+    # are read as its last row, and not stored.
+    x += first_n.to(tl.int64) * in_features
+    x_tile = tl.minimum(tl.arange(0, TILE_BATCH), batch - 1 - first_n)[:, None] * in_features + k[None, :]
+    W_OUT: tl.constexpr = 1 if TRANSPOSED else BLOCK_IN
+    W_IN: tl.constexpr = BLOCK_OUT if TRANSPOSED else 1
+    w_tile = k[:, None] * W_IN + o[None, :] * W_OUT
+    SLICES: tl.constexpr = (BLOCK_IN + TILE_IN - 1) // TILE_IN
+
+    begin = tl.load(ptr + row)
+    steps = (tl.load(ptr + row + 1) - begin).to(tl.int32) * SLICES
+    idx += begin
+    slot += begin
+    # An entry's indices are read one step ahead: were they read in the step that needs them, Triton's pipeline would
+    # spend its stages on them and keep fewer tiles in flight.
+    last = tl.maximum(steps - 1, 0)
+    next_column = tl.load(idx, mask=steps > 0, other=0) * BLOCK_IN
+    next_block = tl.load(slot, mask=steps > 0, other=0).to(tl.int64) * (BLOCK_OUT * BLOCK_IN)
+    acc = tl.zeros((TILE_BATCH, TILE_OUT), tl.float32)
+    for step in range(steps):
+        start = step % SLICES * TILE_IN  # of this slice, inside the block
+        column = next_column
+        w = values + next_block + start * W_IN
+        entry = tl.minimum(step + 1, last) // SLICES
+        next_column = tl.load(idx + entry) * BLOCK_IN
+        next_block = tl.load(slot + entry).to(tl.int64) * (BLOCK_OUT * BLOCK_IN)
+        x_step = x + (column + start)
+        if EVEN_IN:
+            a = tl.load(x_step + x_tile)
+            if TILE_OUT == BLOCK_OUT:
+                b = tl.load(w + w_tile)
+            else:
+                b = tl.load(w + w_tile, mask=o[None, :] < BLOCK_OUT, other=0.0)
+        else:
+            inside_in = start + k < min(BLOCK_IN, in_features - column)
+            a = tl.load(x_step + x_tile, mask=inside_in[None, :], other=0.0)
+            b = tl.load(w + w_tile, mask=inside_in[:, None] & (o[None, :] < BLOCK_OUT), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    out = row * BLOCK_OUT + o
+    stored = (o < BLOCK_OUT) & (out < out_features)
+    if HAS_BIAS:
+        acc += tl.load(bias + out, mask=stored, other=0.0).to(tl.float32)[None, :]
+    acc = _activate(acc, ACTIVATION)
+    y_tile = y + n.to(tl.int64)[:, None] * out_features + out[None, :]
+    tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(n[:, None] < batch) & stored[None, :])
+
+
+@triton.jit
+def _sum_over_batch(
+    acc,
+    a,
+    b,
+    row,
+    column,
+    batch,
+    out_features,
+    in_features,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    EVEN_BATCH: tl.constexpr,
+    EVEN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n = tl.arange(0, TILE_BATCH)
+    o = tl.arange(0, TILE_OUT)
+    k = tl.arange(0, TILE_IN)
+    has_o = o < min(BLOCK_OUT, out_features - row * BLOCK_OUT)
+    has_k = k < min(BLOCK_IN, in_features - column * BLOCK_IN)
+    a_tile = a + n.to(tl.int64)[None, :] * out_features + (row * BLOCK_OUT + o)[:, None]
+    b_tile = b + n.to(tl.int64)[:, None] * in_features + (column * BLOCK_IN + k)[None, :]
+    for start in range(0, batch, TILE_BATCH):
+        if EVEN_BATCH and EVEN_BLOCKS:
+            left = tl.load(a_tile)
+            right = tl.load(b_tile)
+        elif EVEN_BLOCKS:
+            has_n = n < batch - start
+            left = tl.load(a_tile, mask=has_n[None, :], other=0.0)
+            right = tl.load(b_tile, mask=has_n[:, None], other=0.0)
+        else:
+            has_n = n < batch - start
+            left = tl.load(a_tile, mask=has_o[:, None] & has_n[None, :], other=0.0)
+            right = tl.load(b_tile, mask=has_n[:, None] & has_k[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        a_tile += TILE_BATCH * out_features.to(tl.int64)
+        b_tile += TILE_BATCH * in_features.to(tl.int64)
+    return acc
+
+
+@_tuned(
+    CONFIGS,
+    ["BLOCK_OUT", "BLOCK_IN", "SHARED", "EVEN_BATCH", "EVEN_BLOCKS", "PRECISION"],
+)
+@triton.jit
+def sampled_kernel(
+    a,  # [batch, out_features]
+    b,  # [batch, in_features]
+    values,  # [slots, BLOCK_OUT, BLOCK_IN]
+    slot,  # [entries], int32: the block that entry `pid` fills; unused where SHARED
+    slot_ptr,  # [slots + 1], int64: entries of each slot where SHARED
+    entry_row,  # [entries], int32; sorted by slot where SHARED
+    entry_column,  # the same
+    batch,
+    out_features,
+    in_features,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    TILE_BATCH: tl.constexpr,
+    SHARED: tl.constexpr,
+    EVEN_BATCH: tl.constexpr,
+    EVEN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
+    if SHARED:
+        target = pid.to(tl.int64)
+        begin = tl.load(slot_ptr + pid)
+        end = tl.load(slot_ptr + pid + 1)
+    else:
+        target = tl.load(slot + pid).to(tl.int64)
+        begin = pid.to(tl.int64)
+        end = begin + 1
+    for entry in range(begin, end):
+        row = tl.load(entry_row + entry)
+        column = tl.load(entry_column + entry)
+        acc = _sum_over_batch(
+            acc, a, b, row, column, batch, out_features, in_features, BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN,
+            TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
+        )  # fmt: skip
+    o = tl.arange(0, TILE_OUT)[:, None]
+    k = tl.arange(0, TILE_IN)[None, :]
+    tile = values + target * (BLOCK_OUT * BLOCK_IN) + o * BLOCK_IN + k
+    tl.store(tile, acc.to(values.dtype.element_ty), mask=(o < BLOCK_OUT) & (k < BLOCK_IN))

@@ -1,0 +1,70 @@
+"""Compiles a launch for a GPU that is not here, specialised as Triton's JIT would for the same arguments."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled ahead of time, and what it gets at launch."""
+
+    kernel: "triton.compiler.CompiledKernel"  # .asm["ptx"], .asm["cubin"], .asm["amdgcn"], .metadata.shared
+    arguments: tuple  # tensors and numbers in the order of the compiled parameters, constants left out
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+def compile_launch(launch, config: triton.Config, target: str) -> Compiled:
+    """Compiles a ``Launch`` of an op's ``triton.py`` in one configuration for one of TARGETS."""
+    function = launch.kernel.fn
+    given = {**launch.arguments, **config.kwargs}
+    signature, constants, aligned, arguments = {}, {}, [], []
+    for position, parameter in enumerate(function.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        arguments.append(value)
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if address % 16 == 0 and not isinstance(value, float):
+            aligned.append(position)
+    specialised = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
+    kernel = _compile(function, *specialised, target, config.num_warps, config.num_stages)
+    return Compiled(kernel, tuple(arguments), launch.programs, config.num_warps, config.num_stages)
+
+
+def _type_of(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@cache
+def _compile(function, signature, constants, aligned, target, num_warps, num_stages):
+    attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
+    source = ASTSource(function, dict(signature), dict(constants), attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
