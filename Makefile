@@ -1,4 +1,5 @@
-# make demo | test | bench | lint | sanitize | clean.  Each makes .venv, installs and builds what is missing first.
+# make demo | test | test-gpu | gpu-report | bench | lint | sanitize | clean.
+# Each makes .venv, installs and builds what is missing first.
 # Another torch:  make TORCH="torch" ...
 
 TORCH ?= torch==2.13.0
@@ -9,9 +10,9 @@ PY := $(VENV)/bin/python
 DEPENDENCIES := $(VENV)/dependencies.stamp
 BUILD := build/build.stamp
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py
-CPP_FILES = $(shell git ls-files '*.cpp' '*.h')
+CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: build demo test bench lint format sanitize clean
+.PHONY: build demo test test-gpu test-gpu-full gpu-report bench lint format sanitize clean
 
 build: $(BUILD)
 
@@ -35,6 +36,16 @@ demo: build
 
 test: build
 	$(PY) -m pytest
+
+# Evidence about GPU kernels; none of it needs a GPU (python_tests/gpu/README.md).
+test-gpu: build
+	$(PY) -m pytest python_tests/gpu
+
+test-gpu-full: build
+	$(PY) -m pytest python_tests/gpu -m "long or not long"
+
+gpu-report: build
+	$(PY) -m python_tests.gpu.report
 
 bench: build
 	$(PY) -m benchmarks.run --suite quick

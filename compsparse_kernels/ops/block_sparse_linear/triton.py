@@ -131,7 +131,7 @@ def batch_tile(batch: int, rows: int, tile_out: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """tf32 where torch's own products would use it. Half precision has one way only."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 _derived = WeakIdKeyDictionary()  # ptr of an order -> (name, idx, slot) -> what the kernels need besides
@@ -169,7 +169,8 @@ def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor
     return _kept(ptr, ("entries_by_slot", idx, slot), make)
 
 
-# Two stages are for targets with little shared memory: see `suitable`.
+# Triton keeps one tile fewer in flight than it has stages (as many on Hopper and Blackwell, which have room for them).
+# Two stages are for targets with little shared memory.
 CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w in (4, 8, 2, 1)]
 
 
@@ -182,7 +183,7 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
     row_bytes = step * arguments["x" if product else "a"].element_size()
 
     def fits(config):
-        return config.num_stages * (outer + inner) * row_bytes <= shared_memory
+        return (config.num_stages - 1) * (outer + inner) * row_bytes <= shared_memory
 
     def shares(config):
         threads = 32 * config.num_warps
@@ -341,6 +342,7 @@ def _sum_over_batch(
     has_k = k < min(BLOCK_IN, in_features - column * BLOCK_IN)
     a_tile = a + n.to(tl.int64)[None, :] * out_features + (row * BLOCK_OUT + o)[:, None]
     b_tile = b + n.to(tl.int64)[:, None] * in_features + (column * BLOCK_IN + k)[None, :]
+    rows = tl.full((), TILE_BATCH, tl.int64)
     for start in range(0, batch, TILE_BATCH):
         if EVEN_BATCH and EVEN_BLOCKS:
             left = tl.load(a_tile)
@@ -354,8 +356,8 @@ def _sum_over_batch(
             left = tl.load(a_tile, mask=has_o[:, None] & has_n[None, :], other=0.0)
             right = tl.load(b_tile, mask=has_n[:, None] & has_k[None, :], other=0.0)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        a_tile += TILE_BATCH * out_features.to(tl.int64)
-        b_tile += TILE_BATCH * in_features.to(tl.int64)
+        a_tile += rows * out_features
+        b_tile += rows * in_features
     return acc
 
 
