@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from compsparse_kernels import BlockLayout, block_sparse_linear, explain, sampled_block_matmul
+from compsparse_kernels.ops.arguments import compute_dtype
 from compsparse_kernels.ops.block_sparse_linear import triton as kernels
 from compsparse_kernels.testing import random_mask
 from python_tests.gpu.aot import TARGETS
@@ -115,24 +116,30 @@ def test_other_indices_beside_the_same_ptr_are_not_taken_for_the_old_ones():
 REAL_LAYOUT = layout_of()
 
 
-def on_fake_gpu(layout, mode):
+def on_fake_gpu(layout):
     other = copy.copy(layout)
     for name in ("by_output", "by_input"):
         order = getattr(layout, name)
-        object.__setattr__(other, name, type(order)(*(mode.from_tensor(part).to("cuda") for part in order)))
+        object.__setattr__(
+            other, name, type(order)(*(torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in order))
+        )
     return other
 
 
 def test_on_a_gpu_the_same_public_call_takes_half_precision():
     """Fake tensors lie on a GPU that is not there: everything runs but the kernel."""
-    with FakeTensorMode() as mode:
+    with FakeTensorMode():
         x = torch.empty(5, 64, device="cuda", dtype=torch.bfloat16)
         assert explain("block_sparse_linear", x)["triton"] == "runs"
         assert explain("block_sparse_linear", x.double())["triton"].startswith("dtype float64 (has")
-        layout = on_fake_gpu(REAL_LAYOUT, mode)
+        layout = on_fake_gpu(REAL_LAYOUT)
         values = torch.empty(layout.values_shape, device="cuda", dtype=torch.bfloat16)
         y = block_sparse_linear(x, values, layout, activation="gelu")
         assert y.dtype == torch.bfloat16 and y.device.type == "cuda" and y.shape == (5, 48)
         assert sampled_block_matmul(y, x, layout).shape == layout.values_shape
-        with torch.autocast("cuda", dtype=torch.float16):
-            assert block_sparse_linear(x.float(), values.float(), layout).dtype == torch.float16
+
+
+def test_autocast_on_a_gpu_computes_in_half_precision_where_there_are_kernels_for_it():
+    assert compute_dtype("block_sparse_linear", "cuda") == torch.get_autocast_dtype("cuda") == torch.float16
+    assert compute_dtype("threshold_attention", "cuda") == torch.float32
+    assert compute_dtype("block_sparse_linear", "cpu") == torch.float32
