@@ -408,3 +408,20 @@ assert cpu_isa() == {isa!r}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, {__file__!r}]))
 """
     run_in_subprocess(code, isa=isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_reaches_past_the_edge_is_zero_even_beside_nan(isa):
+    """The ragged part of a sampled block is 0; the kernels get there by zeros, which NaN would turn into NaN."""
+    code = """
+import torch
+from compsparse_kernels import BlockLayout, sampled_block_matmul
+layout = BlockLayout.from_mask(torch.ones(3, 3, dtype=torch.bool), (32, 64), out_features=80, in_features=144)
+a, b = torch.randn(37, 80), torch.randn(37, 144)
+a[:, -1] = b[:, -1] = float("nan")
+expected = torch.zeros(96, 192, dtype=torch.bool)
+expected[79, :144] = expected[:80, 143] = True
+blocks = expected.view(3, 32, 3, 64).transpose(1, 2).reshape(9, 32, 64)
+print(torch.equal(sampled_block_matmul(a, b, layout).isnan(), blocks))
+"""
+    assert run_in_subprocess(code, isa=isa).strip() == "True"

@@ -175,22 +175,30 @@ CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w
 
 
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
-    """The configurations to choose from: the tiles in flight fit in ``shared_memory`` bytes, each warp has a product
-    for the tensor cores, each thread copies at least 4 bytes of an operand (less is not copied asynchronously), and
-    none holds so many sums that registers spill (64 leave room)."""
+    """The configurations to choose from.
+
+    The tiles in flight fit in ``shared_memory`` bytes, each warp has a product for the tensor cores, and each thread
+    copies at least 4 bytes of an operand (less is not copied asynchronously). No thread holds so many sums that
+    registers spill: 64 leave room, twice as many where operands are half precision and addresses few, and products
+    without tensor cores take as many warps as there are.
+    """
     product = "x" in arguments
     outer, inner, step = (arguments[name] for name in (_PRODUCT_TILE if product else _SAMPLED_TILE))
-    row_bytes = step * arguments["x" if product else "a"].element_size()
+    size = arguments["x" if product else "a"].element_size()
+    most_sums = 128 if size == 2 and not product else 64
 
     def fits(config):
-        return (config.num_stages - 1) * (outer + inner) * row_bytes <= shared_memory
+        return (config.num_stages - 1) * (outer + inner) * step * size <= shared_memory
 
     def shares(config):
         threads = 32 * config.num_warps
-        busy = outer * inner >= 16 * threads and min(outer, inner) * row_bytes >= 4 * threads
-        return outer * inner <= 64 * threads and (busy or config.num_warps == 1)
+        busy = outer * inner >= 16 * threads and min(outer, inner) * step * size >= 4 * threads
+        return outer * inner <= most_sums * threads and (busy or config.num_warps == 1)
 
     sharing = [config for config in configs if shares(config)]
+    if arguments["PRECISION"] == "ieee":
+        most_warps = max(config.num_warps for config in sharing)
+        sharing = [config for config in sharing if config.num_warps == most_warps]
     fitting = [config for config in sharing if fits(config)]
     deep = [config for config in fitting if config.num_stages > configs[-1].num_stages]
     return deep or fitting or sharing[-1:]
@@ -318,7 +326,6 @@ def product_kernel(
 
 @triton.jit
 def _sum_over_batch(
-    acc,
     a,
     b,
     row,
@@ -343,6 +350,7 @@ def _sum_over_batch(
     a_tile = a + n.to(tl.int64)[None, :] * out_features + (row * BLOCK_OUT + o)[:, None]
     b_tile = b + n.to(tl.int64)[:, None] * in_features + (column * BLOCK_IN + k)[None, :]
     rows = tl.full((), TILE_BATCH, tl.int64)
+    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     for start in range(0, batch, TILE_BATCH):
         if EVEN_BATCH and EVEN_BLOCKS:
             left = tl.load(a_tile)
@@ -358,6 +366,8 @@ def _sum_over_batch(
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         a_tile += rows * out_features
         b_tile += rows * in_features
+    if not EVEN_BLOCKS:  # what reaches past the edge is 0, even where it was NaN times 0
+        acc = tl.where(has_o[:, None] & has_k[None, :], acc, 0.0)
     return acc
 
 
@@ -388,21 +398,19 @@ def sampled_kernel(
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     if SHARED:
         target = pid.to(tl.int64)
-        begin = tl.load(slot_ptr + pid)
-        end = tl.load(slot_ptr + pid + 1)
+        acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
+        for entry in range(tl.load(slot_ptr + pid), tl.load(slot_ptr + pid + 1)):
+            acc += _sum_over_batch(
+                a, b, tl.load(entry_row + entry), tl.load(entry_column + entry), batch, out_features, in_features,
+                BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN, TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
+            )  # fmt: skip
     else:
         target = tl.load(slot + pid).to(tl.int64)
-        begin = pid.to(tl.int64)
-        end = begin + 1
-    for entry in range(begin, end):
-        row = tl.load(entry_row + entry)
-        column = tl.load(entry_column + entry)
         acc = _sum_over_batch(
-            acc, a, b, row, column, batch, out_features, in_features, BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN,
-            TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
+            a, b, tl.load(entry_row + pid), tl.load(entry_column + pid), batch, out_features, in_features,
+            BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN, TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
         )  # fmt: skip
     o = tl.arange(0, TILE_OUT)[:, None]
     k = tl.arange(0, TILE_IN)[None, :]

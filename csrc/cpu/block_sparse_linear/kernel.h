@@ -341,6 +341,16 @@ void sampled_panels(const SampledBlocks<T>& s, const T* a_panel, const T* b_pane
   }
 }
 
+// What reaches past the edge of the weight is 0, even where it was NaN times 0.
+template <typename T>
+void clear_outside(const SampledBlocks<T>& s, int64_t row, int64_t column, T* entry) {
+  const int64_t rows = min64(s.block_out, s.out_features - row * s.block_out);
+  const int64_t columns = min64(s.block_in, s.in_features - column * s.block_in);
+  if (rows == s.block_out && columns == s.block_in) return;
+  for (int64_t o = 0; o < s.block_out; ++o)
+    for (int64_t k = o < rows ? columns : 0; k < s.block_in; ++k) entry[o * s.block_in + k] = 0;
+}
+
 template <typename T, int L, class Target>
 void sampled_with_lanes(const SampledBlocks<T>& s, Range rows, T* scratch) {
   if constexpr (L > Target::MinLanes) {
@@ -357,9 +367,12 @@ void sampled_with_lanes(const SampledBlocks<T>& s, Range rows, T* scratch) {
       for (; o < valid; ++o) to[o] = from[o];
       for (; o < s.block_out; ++o) to[o] = 0;
     }
-    for (int64_t e = s.ptr[row]; e < s.ptr[row + 1]; ++e)
-      sampled_panels<T, L, Target::MaxVectors, Target>(s, scratch, s.b_panels + s.idx[e] * s.batch * width, width, 0,
-                                                       s.blocks + (s.slot ? s.slot[e] : e) * s.block_out * s.block_in);
+    for (int64_t e = s.ptr[row]; e < s.ptr[row + 1]; ++e) {
+      T* entry = s.blocks + (s.slot ? s.slot[e] : e) * s.block_out * s.block_in;
+      const T* b_panel = s.b_panels + s.idx[e] * s.batch * width;
+      sampled_panels<T, L, Target::MaxVectors, Target>(s, scratch, b_panel, width, 0, entry);
+      clear_outside(s, row, s.idx[e], entry);
+    }
   }
 }
 
