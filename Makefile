@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEPENDENCIES := $(VENV)/dependencies.stamp
 BUILD := build/build.stamp
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: build demo test test-gpu test-gpu-full gpu-report bench lint format sanitize clean

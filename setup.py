@@ -1,6 +1,7 @@
 """Build of the compiled parts; everything else about the package is in pyproject.toml.
 
 compsparse_kernels._C       CPU kernels, one static archive per operation and instruction set (each with its own flags)
+compsparse_kernels._C_cuda  CUDA kernels, where CUDA's compiler and a torch built for CUDA are there
 compsparse_kernels._layout  index arrays from masks and edge lists (pybind11, numpy)
 """
 
@@ -11,8 +12,9 @@ from pathlib import Path
 from setuptools import setup
 
 try:
+    import torch
     from pybind11.setup_helpers import Pybind11Extension
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
         f"{error.name} is needed to build: run  pip install torch==2.13.0 pybind11 ninja  first,"
@@ -26,15 +28,18 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
 TORCH_FREE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall"]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 BIND_FLAGS = [
     "-std=c++20",
     "-O3",
     "-fvisibility=hidden",
     "-Wall",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    TORCH_TARGET,
     *(["-DCOMPSPARSE_X86"] if X86 else []),
 ]
-HEADERS = [str(path) for path in sorted(CSRC.rglob("*.h"))]
+CUDA_ARCHITECTURES = {"80": (11, 0), "90": (11, 8), "100": (12, 8)}  # and the first CUDA whose compiler knows them
+HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/**/*.h"))]
+CUDA_HEADERS = [str(path) for path in sorted(CSRC.glob("cuda/**/*.*h"))]
 
 
 def kernel_archives():
@@ -44,6 +49,25 @@ def kernel_archives():
             options = {"sources": [str(source)], "cflags": TORCH_FREE_FLAGS + flags, "obj_deps": {"": HEADERS}}
             archives.append((f"compsparse_{source.parent.name}_{isa}", options))
     return archives
+
+
+def cuda_bindings():
+    """No GPU is asked for: the machine that builds may have none. Later architectures compile the last one's PTX."""
+    if not (CUDA_HOME and torch.version.cuda):
+        return []
+    cuda = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    known = [architecture for architecture, since in CUDA_ARCHITECTURES.items() if cuda >= since]
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+    ptx = f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", TORCH_TARGET]
+    extension = CUDAExtension(
+        "compsparse_kernels._C_cuda",
+        [str(CSRC / "cuda/module.cpp"), *map(str, sorted(CSRC.glob("cuda/*/bind.cu")))],
+        depends=HEADERS + CUDA_HEADERS,
+        extra_compile_args={"cxx": BIND_FLAGS, "nvcc": [*flags, *targets, ptx]},
+        py_limited_api=True,
+    )
+    return [extension]
 
 
 bindings = CppExtension(
@@ -57,6 +81,6 @@ layout = Pybind11Extension("compsparse_kernels._layout", [str(CSRC / "layout.cpp
 
 setup(
     libraries=kernel_archives(),
-    ext_modules=[bindings, layout],
+    ext_modules=[bindings, *cuda_bindings(), layout],
     cmdclass={"build_ext": BuildExtension},
 )

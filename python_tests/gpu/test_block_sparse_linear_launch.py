@@ -50,7 +50,7 @@ def test_every_target_has_a_few_configurations_that_fit(launcher, block, dtype):
         for target in TARGETS:
             shared_memory = shared_memory_of(target)
             chosen = kernels.suitable(kernels.CONFIGS, arguments, shared_memory)
-            assert 1 <= len(chosen) <= 6
+            assert 1 <= len(chosen) <= 8
             assert all((config.num_stages - 1) * step_bytes <= shared_memory for config in chosen)
 
 
@@ -71,10 +71,17 @@ def test_the_autotuner_asks_the_device_for_its_shared_memory():
 
 
 def test_the_batch_tile_leaves_enough_programs():
-    assert kernels.batch_tile(100_000, rows=64, tile_out=64) == 256
-    assert kernels.batch_tile(100_000, rows=64, tile_out=128) == 128
-    assert kernels.batch_tile(512, rows=64, tile_out=64) == 64  # 8 x 64 programs; 256 rows a tile would give 128
-    assert kernels.batch_tile(1, rows=4, tile_out=64) == 16
+    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=64) == 256
+    assert kernels.batch_tile(100_000, rows=64, tile_out=128, in_features=64) == 128
+    assert kernels.batch_tile(512, rows=64, tile_out=64, in_features=64) == 64  # 8 x 64 programs; 128 would leave 256
+    assert kernels.batch_tile(1, rows=4, tile_out=64, in_features=64) == 16
+
+
+def test_offsets_inside_a_tile_fit_in_32_bits():
+    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**23) == 128
+    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**26) == 16
+    with pytest.raises(ValueError, match=r"^x: expected fewer than 134217728 features.*, got 134217728"):
+        kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**27)
 
 
 def test_precision_follows_torch():

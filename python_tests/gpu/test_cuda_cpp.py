@@ -102,8 +102,10 @@ def test_rows_around_the_length_that_is_shared():
 
 @pytest.mark.parametrize("length, warps", [(255, 1), (256, 8)])
 def test_a_long_row_is_shared_by_the_warps_of_a_block(length, warps):
-    """Told from the rounding: ones that are added to 2^24 one by one are lost, sums of ones are not. The first of 32 lanes
-    has the 2^24 and every 32nd one; with eight warps, an eighth of them."""
+    """Told from the rounding: ones that are added to 2^24 one by one are lost, sums of ones are not.
+
+    The first of 32 lanes has the 2^24 and every 32nd one; with eight warps, an eighth of them.
+    """
     order = MaskLayout.from_mask(torch.ones(1, length, dtype=torch.bool), "csr").by_output
     values = torch.ones(length)
     values[0] = 2**24
@@ -211,6 +213,15 @@ def test_every_warp_shape_of_every_dtype_is_compiled():
                 f"{kernel}<{dtype}, {v}, {group}>" for v, group in ((1, 1), (vector, 1), (vector, 4), (vector, 16))
             }
             assert wanted <= names, wanted - names
+
+
+@pytest.mark.parametrize("source", nvcc.sources())
+def test_torch_s_stable_abi_only(source):
+    """As of the CPU binary: the C shim, on torch's current stream, and never a mangled C++ name of torch."""
+    names = nvcc.undefined_symbols(source, "sm_80")
+    assert "aoti_torch_get_current_cuda_stream" in names and "torch_c10_cuda_check_msg" in names
+    of_torch = [name for name in names if re.search(r"\b(c10|at|torch|caffe2)::", name)]
+    assert not of_torch, of_torch
 
 
 @pytest.mark.parametrize(

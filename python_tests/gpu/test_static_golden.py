@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from python_tests.gpu import ledger
 from python_tests.gpu.cases import OPS, shipped
 from python_tests.gpu.report import examine
 from python_tests.gpu.static import golden
@@ -49,6 +50,7 @@ def test_what_ships(case):
     assert found.violations == []
     table = golden.read(golden.path_of(case.op))
     assert golden.compare(table, {case.name: golden.golden_row(found.analysis)}) == []
+    ledger.reached("L2", case.name)
 
 
 def test_no_golden_row_is_left_over():
@@ -61,3 +63,4 @@ def test_no_golden_row_is_left_over():
 @pytest.mark.parametrize("case", shipped(long=True), ids=lambda case: case.name)
 def test_everything_that_ships(case):
     assert examine(case).violations == []
+    ledger.reached("L2", case.name)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
+from compsparse_kernels.layouts.checks import require
+
 LEAST_TILE = 16  # sides of a tensor-core product
 LARGEST_BATCH_TILE = 256
 LARGEST_TILE = 128 * 128  # sums of one program: 64 a thread with 8 warps
@@ -56,7 +58,7 @@ def product_launch(x, values, bias, ptr, idx, slot, transposed, activation, y) -
     batch, in_features = x.shape
     rows = len(ptr) - 1
     block_out, block_in = values.shape[2 if transposed else 1], values.shape[1 if transposed else 2]
-    tile_batch = batch_tile(batch, rows, padded(block_out))
+    tile_batch = batch_tile(batch, rows, padded(block_out), in_features)
     arguments = {
         "x": x.contiguous(),
         "values": values.contiguous(),
@@ -121,11 +123,15 @@ def padded(side: int) -> int:
     return max(LEAST_TILE, triton.next_power_of_2(side))
 
 
-def batch_tile(batch: int, rows: int, tile_out: int) -> int:
-    """Batch rows of a tile of the product: many, so that blocks are read seldom, but enough programs for a GPU."""
+def batch_tile(batch: int, rows: int, tile_out: int, in_features: int) -> int:
+    """Batch rows of a tile of the product: many, so that blocks are read seldom, but enough programs for a GPU, and
+    offsets inside the tile that 32 bits hold."""
     tile = min(LARGEST_BATCH_TILE, LARGEST_TILE // tile_out, padded(batch))
-    while tile > LEAST_TILE and rows * triton.cdiv(batch, tile) < ENOUGH_PROGRAMS:
+    while tile > LEAST_TILE and (rows * triton.cdiv(batch, tile) < ENOUGH_PROGRAMS or tile * in_features >= 2**31):
         tile //= 2
+    if tile * in_features >= 2**31:
+        wanted = f"fewer than {2**31 // LEAST_TILE} features, as offsets inside a tile have 32 bits"
+        require(False, "x", wanted, in_features)
     return tile
 
 
@@ -171,7 +177,7 @@ def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor
 
 # Triton keeps one tile fewer in flight than it has stages (as many on Hopper and Blackwell, which have room for them).
 # Two stages are for targets with little shared memory.
-CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w in (4, 8, 2, 1)]
+CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w in (1, 2, 4, 8)]
 
 
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
