@@ -3,6 +3,7 @@
 // product:  y tile [M batch rows, R vectors of outputs] stays in registers over a whole block row of W; each step
 //           broadcasts one input and multiplies it with R vectors of weights. Weights are repacked to [k, outputs] once
 //           per block row when their stored order or width needs it: that costs 1/batch of the arithmetic.
+//           Batches of a few rows are another matter: dots.h.
 // sampled:  a block [M outputs, R vectors of inputs] stays in registers over the batch.
 //
 // One element is always summed by one thread in the same order (entries, then k; or batch rows), whatever the tile it
@@ -12,6 +13,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "../shuffle.h"
+#include "dots.h"
 
 namespace {
 
@@ -208,6 +210,7 @@ int64_t product_scratch(const BlockProduct<T>& p) {
 // stored blocks serve as they are.
 template <typename T, class Target>
 int64_t packed_entry_size(const BlockProduct<T>& p) {
+  if (uses_dots<T, Target>(p)) return 0;
   const int64_t stride = round_up(p.block_out, lanes_for<T, Target::MaxLanes, Target>(p.block_out));
   return p.transposed && stride == p.block_out ? 0 : p.block_in * stride;
 }
@@ -286,6 +289,7 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
 
 template <typename T, class Target>
 void product(const BlockProduct<T>& p, const T* packed, Range rows, Range batch, T* scratch) {
+  if (uses_dots<T, Target>(p)) return product_by_dots<T, Target::MaxLanes, Target>(p, rows, batch);
   product_with_lanes<T, Target::MaxLanes, Target>(p, packed, rows, batch, scratch);
 }
 

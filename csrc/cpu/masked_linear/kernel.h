@@ -45,8 +45,6 @@ COMPSPARSE_INLINE void with_width(int64_t width, const Visit& visit) {
     with_width<T, Target, L / 2, 1>(width, visit);
 }
 
-// ------------------------------------------------------------------------------------------------------------- pack
-
 // A square of L batch rows and L features: rows [0, rows) of x become columns of the panel.
 template <typename T, int L>
 COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width,
@@ -71,8 +69,6 @@ void pack(const T* x, int64_t stride, int64_t rows, Range features, T* panel) {
         pack_square<T, L>(x + n * stride + f, stride, rows - n, features.end - f, R * L, panel + f * R * L + n);
   });
 }
-
-// ---------------------------------------------------------------------------------------------------------- product
 
 // out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Several at a time hide the FMA's latency.
 template <typename T, int L, int R>
@@ -158,8 +154,6 @@ void product(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows)
   if (width == 1) return product_single<T, Target::MinLanes>(p, panel, batch.begin, rows);
   with_width<T, Target>(width, [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
-
-// ---------------------------------------------------------------------------------------------------------- sampled
 
 template <typename T, int L, int R>
 COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) {
