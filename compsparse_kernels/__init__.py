@@ -2,6 +2,7 @@
 
 from compsparse_kernels import prune
 from compsparse_kernels._version import __version__
+from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import AttentionSupport, BlockLayout, MaskLayout
 from compsparse_kernels.nn import MaskedLinear, SparseDAGLinear, ThresholdAttention
 from compsparse_kernels.ops import (
@@ -16,6 +17,7 @@ from compsparse_kernels.ops import (
 __all__ = [
     "AttentionSupport",
     "BlockLayout",
+    "FunctionGraph",
     "MaskLayout",
     "MaskedLinear",
     "SparseDAGLinear",

@@ -11,7 +11,7 @@ import torch
 from compsparse_kernels.layouts.checks import require
 
 try:
-    from compsparse_kernels import _C  # registers the CPU kernels
+    import compsparse_kernels._C as _C  # registers the CPU kernels
 except ImportError as error:
     _C, _no_cpu_kernels = None, f"compiled kernels are not there ({error})"
 else:
@@ -20,7 +20,7 @@ else:
 _no_cuda_kernels = "this torch was built without CUDA"
 if torch.version.cuda:
     try:
-        from compsparse_kernels import _C_cuda  # noqa: F401  (registers the CUDA C++ kernels)
+        import compsparse_kernels._C_cuda  # noqa: F401  (registers the CUDA C++ kernels)
     except ImportError as error:
         _no_cuda_kernels = f"compiled CUDA kernels are not there ({error})"
     else:
