@@ -77,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         console_for(arguments.json).print(NO_GPU)
         return 2
     entries = select(arguments.suite, arguments.op, arguments.device)
+    if not entries:
+        console_for(arguments.json).print(
+            f"no rows of {', '.join(arguments.op)} in suite {arguments.suite} on {arguments.device}"
+        )
+        return 2
     threads = (arguments.device == "cpu" and arguments.threads) or [torch.get_num_threads()]
     seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
     torch.manual_seed(seed)

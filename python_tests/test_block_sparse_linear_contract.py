@@ -228,7 +228,9 @@ def test_explain(op):
     assert explain(op)["cpu"] == "runs" and explain(op)["reference"] == "available"
     assert explain(op, torch.zeros(2))["cpu"] == "runs"
     half = explain(op, torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
-    assert half["cpu"] == "dtype bfloat16 (has float32, float64)" and half["reference"] == "runs"
+    assert half["cpu"] == half["reference"] == "dtype bfloat16 (has float32, float64)"
+    sparse = explain(op, torch.zeros(2, 2).to_sparse())
+    assert sparse["cpu"] == sparse["reference"] == "a tensor has layout torch.sparse_coo (takes dense ones)"
     elsewhere = explain(op, torch.zeros(2, device="meta"))
     assert elsewhere["cpu"] == "tensors are on meta" and elsewhere["reference"] == "runs"
     assert elsewhere["cuda"] == "has no kernel of this op"

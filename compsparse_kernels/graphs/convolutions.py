@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class Convolution:
     groups: int = 1
 
 
+class Level(NamedTuple):
+    """Nodes and edges of one layer."""
+
+    in_degrees: np.ndarray
+    idx: np.ndarray  # counted within the level before
+    position: np.ndarray
+    channel: np.ndarray  # of each node
+
+
 def conv1d(
     cls,
     length: int,
@@ -49,7 +58,8 @@ def conv1d(
     Args:
         length: number of sources.
         kernel, stride, padding, dilation: a number, or a list with one for each level.
-        depth: number of levels; by default as many as the lists have, or 1.
+        depth: number of levels; by default as many as the lists have, or 1. The sinks are the last level; places of
+            the others that no window reads are left out.
         shared: nodes of a level share weights: a convolution. Windows that reach into the padding share too, their
             arguments there count as 0 (``graph.parents.position`` says which are there). Without: locally connected.
 
@@ -108,7 +118,8 @@ def conv2d(
 def from_conv(cls, modules: object, input_shape: Sequence[int]) -> "FunctionGraph":
     """Graph of one or several ``nn.Conv1d`` or ``nn.Conv2d`` on scalars: a vertex for each channel and position.
 
-    Sources are the input ``[channels, *spatial]``, flattened; sinks the flattened output. The parents of a node are in
+    Sources are the input ``[channels, *spatial]``, flattened; sinks the flattened output; what no window between them
+    reads is left out. The parents of a node are in
     the order of ``weight[channel].flatten()``, and the nodes of an output channel share weights, so each node computes
     ``weight[channel].flatten() @ parents + bias[channel]``.
 
@@ -193,27 +204,39 @@ def _checked_axes(name: str, value: int | tuple[int, ...], axes: int) -> tuple[i
 
 def _stack(cls, shape: tuple[int, ...], layers: list[Convolution], shared: bool) -> "FunctionGraph":
     num_sources = layers[0].in_channels * prod(shape)
-    begin, end = 0, num_sources  # vertices of the level before
-    parts, shares = [], []
-    for level, layer in enumerate(layers, start=1):
-        in_degrees, idx, position, shape = _windows(layer, shape)
-        positions = prod(shape)
-        arity = layer.in_channels // layer.groups * prod(layer.kernel)
-        parts.append((in_degrees, idx + begin, position, np.full(len(in_degrees), arity)))
-        single = layer.out_channels == 1
-        for channel in range(layer.out_channels):
-            name = f"level {level}" if single else f"level {level}, channel {channel}"
-            shares += [name if shared else None] * positions
-        begin, end = end, end + len(in_degrees)
-    in_degrees, idx, position, arity = (np.concatenate(part) for part in zip(*parts, strict=True))
+    levels = []
+    for layer in layers:
+        level, shape = _windows(layer, shape)
+        levels.append(level)
+    levels = _without_unread(levels)
+    widths = [num_sources, *(len(level.in_degrees) for level in levels)]
+    idx = [level.idx + begin for level, begin in zip(levels, accumulate(widths, initial=0), strict=False)]
+    in_degrees, position = (np.concatenate([level[part] for level in levels]) for part in (0, 2))
     ptr = np.concatenate(([0], np.cumsum(in_degrees)))
     if not shared:  # what lies in the padding is no argument of a function that nobody shares
-        return cls(num_sources, Parents(ptr, idx))
-    return cls(num_sources, Parents(ptr, idx, position, arity), shares=shares)
+        return cls(num_sources, Parents(ptr, np.concatenate(idx)))
+    arities = [layer.in_channels // layer.groups * prod(layer.kernel) for layer in layers]
+    shares = []
+    for number, (level, layer) in enumerate(zip(levels, layers, strict=True), start=1):
+        tail = [""] if layer.out_channels == 1 else [f", channel {channel}" for channel in range(layer.out_channels)]
+        shares += [f"level {number}{tail[channel]}" for channel in level.channel.tolist()]
+    return cls(num_sources, Parents(ptr, np.concatenate(idx), position, np.repeat(arities, widths[1:])), shares=shares)
 
 
-def _windows(layer: Convolution, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
-    """In-degrees, parents (counted within the level before), their arguments, and the shape of the level.
+def _without_unread(levels: list[Level]) -> list[Level]:
+    """Without the nodes of inner levels that no later window reads: they would be outputs that nobody asked for."""
+    kept = [levels[-1]]
+    for level in levels[-2::-1]:
+        read = np.zeros(len(level.in_degrees), bool)
+        read[kept[0].idx] = True
+        edges = np.repeat(read, level.in_degrees)
+        kept[0] = kept[0]._replace(idx=(np.cumsum(read) - 1)[kept[0].idx])
+        kept.insert(0, Level(level.in_degrees[read], level.idx[edges], level.position[edges], level.channel[read]))
+    return kept
+
+
+def _windows(layer: Convolution, shape: tuple[int, ...]) -> tuple[Level, tuple[int, ...]]:
+    """The level of a layer, and its shape.
 
     Arrays have the axes [out channel, out position per axis..., in channel of the group, kernel position per axis...]
     until they are flattened, edges by node.
@@ -224,17 +247,17 @@ def _windows(layer: Convolution, shape: tuple[int, ...]) -> tuple[np.ndarray, np
     group_of = np.arange(layer.out_channels) // (layer.out_channels // layer.groups)
     channel = group_of[:, None] * group_in + np.arange(group_in)  # [out channel, in channel of the group]
     axes = 2 + 2 * len(shape)
-    strides = [*accumulate(shape[:0:-1], initial=1, func=int.__mul__)][::-1]
     flat = _spread(channel, (0, 1 + len(shape)), axes) * prod(shape)
     exists = np.ones((1,) * axes, bool)
     for axis, (read, valid) in enumerate(zip(reads, inside, strict=True)):
         place = (1 + axis, 2 + len(shape) + axis)
-        flat = flat + _spread(read, place, axes) * strides[axis]
+        flat = flat + _spread(read, place, axes) * prod(shape[axis + 1 :])
         exists = exists & _spread(valid, place, axes)
     arity = group_in * prod(layer.kernel)
     exists = np.broadcast_to(exists, flat.shape).reshape(-1, arity)
     position = np.broadcast_to(np.arange(arity), exists.shape)[exists]
-    return exists.sum(axis=1), flat.reshape(-1, arity)[exists], position, out_shape
+    channels = np.repeat(np.arange(layer.out_channels), prod(out_shape))
+    return Level(exists.sum(axis=1), flat.reshape(-1, arity)[exists], position, channels), out_shape
 
 
 def _axis(layer: Convolution, axis: int, size: int) -> tuple[np.ndarray, np.ndarray]:

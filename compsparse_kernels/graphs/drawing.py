@@ -18,6 +18,7 @@ SKIP_COLOUR = "#c2621b"
 MOST_LABELS = 40
 MOST_LEGEND_ENTRIES = 8
 CURVE_POINTS = 24
+RING = 1.5  # diameter of a sink's ring over that of a node
 
 
 def draw(self, ax: "Axes | None" = None) -> "Axes":
@@ -60,7 +61,8 @@ def draw(self, ax: "Axes | None" = None) -> "Axes":
     ax.tick_params(axis="x", length=0, colors=OWN_COLOUR)
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    ax.margins(x=0.6 / max(self.num_levels, 3), y=0.06)
+    points_high = ax.get_window_extent().height * 72 / ax.figure.dpi
+    ax.margins(x=0.6 / max(self.num_levels, 3), y=max(0.06, 24 / points_high))
     return ax
 
 
@@ -135,7 +137,7 @@ def _draw_vertices(graph: "FunctionGraph", ax: "Axes", heights: np.ndarray) -> N
     ax.scatter(
         graph.level[sinks],
         heights[sinks],
-        s=size * 2.2,
+        s=size * RING**2,
         facecolors="#ffffff",
         edgecolors=OWN_COLOUR,
         linewidths=ring,
@@ -196,7 +198,8 @@ def _write_labels(graph: "FunctionGraph", ax: "Axes", heights: np.ndarray, diame
     for vertex in range(graph.num_vertices):
         source = vertex < graph.num_sources
         style = {"ha": "right", "va": "center"} if source else {"ha": "center", "va": "bottom"}
-        offset = (-0.5 * diameter - 4, 0) if source else (0, 0.5 * diameter + 2.5)
+        radius = 0.5 * diameter * (RING if vertex in graph.sinks else 1)
+        offset = (-radius - 4, 0) if source else (0, radius + 2.5)
         ax.annotate(
             _text(graph, vertex),
             (graph.level[vertex], heights[vertex]),

@@ -49,7 +49,7 @@ def from_sympy(
     expressions = list(expressions) if isinstance(expressions, Iterable) else [expressions]
     require(len(expressions) > 0, "expressions", "at least one expression", "none")
     for number, expression in enumerate(expressions):
-        _check_scalar(sympy, f"expressions[{number}]", expression)
+        _check_scalars(sympy, f"expressions[{number}]", expression)
         constant = not expression.free_symbols
         require(not constant, f"expressions[{number}]", "an expression with symbols", repr(expression))
     symbols = _checked_symbols(sympy, symbols, set().union(*(each.free_symbols for each in expressions)))
@@ -82,13 +82,12 @@ class _Nodes:
     def vertex(self, expression) -> int:
         if expression not in self.vertices:
             places = {}  # the argument's letter, by parent
-            arguments = [self._argument(expression, argument, places) for argument in expression.args]
+            arguments = [self._argument(argument, places) for argument in expression.args]
             label = self.sympy.sstr(expression.func(*arguments))
             self.vertices[expression] = self.append(list(places), label)
         return self.vertices[expression]
 
-    def _argument(self, expression, argument, places):
-        _check_scalar(self.sympy, "expressions", argument, expression)
+    def _argument(self, argument, places):
         if not argument.free_symbols:
             return argument
         return places.setdefault(self.vertex(argument), self.sympy.Symbol(_letter(len(places))))
@@ -99,13 +98,15 @@ def _letter(number: int) -> str:
     return letter if number < 26 else f"{letter}{number // 26}"
 
 
-def _check_scalar(sympy, argument, expression, of=None) -> None:
-    scalar = (
-        isinstance(expression, (sympy.Expr, sympy.logic.boolalg.Boolean)) and expression.is_commutative is not False
-    )
-    came = f"{type(expression).__name__} {expression!r}" + ("" if of is None else f" in {of!r}")
+def _check_scalars(sympy, argument, expression) -> None:
+    """The expression and all that it is made of."""
+    kinds = (sympy.Expr, sympy.logic.boolalg.Boolean)
     wanted = "sums, products, powers and functions of scalars (sympy)"
-    require(scalar, argument, wanted, came, TypeError)
+    require(isinstance(expression, kinds), argument, wanted, f"{type(expression).__name__} {expression!r}", TypeError)
+    for part in sympy.preorder_traversal(expression):
+        if not isinstance(part, kinds) or part.is_commutative is False:
+            came = f"{type(part).__name__} {part!r}" + ("" if part is expression else f" in {expression!r}")
+            require(False, argument, wanted, came, TypeError)
 
 
 def _checked_symbols(sympy, symbols, free):

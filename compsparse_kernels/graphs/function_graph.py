@@ -1,5 +1,6 @@
 """FunctionGraph: what depends on what."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -372,12 +373,16 @@ class FunctionGraph:
         return (str(level), str(len(local)), _span(degrees), *map(str, numbers))
 
     def _sizes(self) -> str:
-        sinks = f"{self.num_sinks} sink" + "s" * (self.num_sinks != 1)
         span = _span(self.in_degrees)
-        degrees = f"in-degrees {span}" if ".." in span else f"in-degree {span}"
-        sizes = f"{self.num_sources} source{'s' * (self.num_sources != 1)}, {self.num_nodes} node"
-        sizes += f"{'s' * (self.num_nodes != 1)} in {self.num_levels} level{'s' * (self.num_levels != 1)}"
-        return f"{sizes}, {sinks}, {self.num_edges} edges, {degrees}, {self.num_weights} weights"
+        parts = (
+            _count(self.num_sources, "source"),
+            f"{_count(self.num_nodes, 'node')} in {_count(self.num_levels, 'level')}",
+            _count(self.num_sinks, "sink"),
+            _count(self.num_edges, "edge"),
+            f"in-degrees {span}" if ".." in span else f"in-degree {span}",
+            _count(self.num_weights, "weight"),
+        )
+        return ", ".join(parts)
 
     def __repr__(self) -> str:
         return f"FunctionGraph({self._sizes()})"
@@ -415,16 +420,19 @@ def _span(numbers: np.ndarray) -> str:
     return str(low) if low == high else f"{low}..{high}"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _checked_names(names: Sequence[Hashable | None] | None, num_vertices: int) -> tuple[Hashable, ...] | None:
     if names is None:
         return None
     names = tuple(names)
     require(len(names) == num_vertices, "names", f"{num_vertices} names, one for each vertex", len(names))
-    seen, twice = set(), []
-    for name in names:
-        require(isinstance(name, Hashable), "names", "hashable names", repr(name), TypeError)
-        if name is not None and name in seen:
-            twice.append(repr(name))
-        seen.add(name)
-    require(not twice, "names", "each name once", f"{listing(twice)} twice")
+    try:
+        counts = Counter(names)
+    except TypeError as error:
+        raise TypeError(f"names: expected hashable names, got an {error}") from None
+    twice = [repr(name) for name, count in counts.items() if count > 1 and name is not None]
+    require(not twice, "names", "each name once", f"{listing(twice)} more than once")
     return names

@@ -99,9 +99,10 @@ def _build(cls, sources, nodes, edges, order, sinks, shares, labels, arity=None)
 
 def _ids(index: dict[Hashable, int], names: Iterable[Hashable], argument: str, wanted: str) -> np.ndarray:
     names = list(names)
-    unknown = [repr(name) for name in dict.fromkeys(names) if name not in index]
+    ids = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+    unknown = dict.fromkeys(repr(names[place]) for place in np.flatnonzero(ids < 0))
     require(not unknown, argument, wanted, f"the unknown {listing(unknown)}")
-    return np.array([index[name] for name in names], dtype=np.int64)
+    return ids
 
 
 def _by_node(argument: str, values: Mapping[Hashable, str] | None, nodes: list[Hashable]) -> list[str | None] | None:
@@ -140,8 +141,8 @@ def from_networkx(cls, graph: "networkx.DiGraph") -> "FunctionGraph":
     missing = sum(position is None for position in order)
     wanted = "the attribute 'position' on all edges, or on none"
     require(missing in (0, len(order)), "graph", wanted, f"{missing} of {len(order)} edges without")
-    data = graph.nodes
-    outputs = sorted((data[node]["sink"], place) for place, node in enumerate(nodes) if "sink" in data[node])
+    data = dict(graph.nodes(data=True))
+    outputs = [vertex for vertex in graph if "sink" in data[vertex]]
     arity = [data[node].get("arity", len(graph.pred[node])) for node in nodes]
     gaps = any("arity" in data[node] for node in nodes)
     built = _build(
@@ -150,7 +151,7 @@ def from_networkx(cls, graph: "networkx.DiGraph") -> "FunctionGraph":
         nodes,
         (tails, heads),
         None if missing else order,
-        [nodes[place] for _, place in outputs] or None,
+        sorted(outputs, key=lambda vertex: data[vertex]["sink"]) or None,
         {node: data[node]["share"] for node in nodes if "share" in data[node]} or None,
         {node: data[node]["label"] for node in nodes if "label" in data[node]} or None,
         arity if gaps else None,
@@ -181,9 +182,7 @@ def to_networkx(self) -> "networkx.DiGraph":
     named = self.names is not None and None not in self.names
     keys = self.names if named else range(self.num_vertices)
     graph = networkx.DiGraph()
-    graph.add_nodes_from(keys)
-    for vertex, key in enumerate(keys):
-        graph.nodes[key].update(_attributes(self, vertex, named))
+    graph.add_nodes_from((key, _attributes(self, vertex, named)) for vertex, key in enumerate(keys))
     for number, sink in enumerate(self.sinks):
         graph.nodes[keys[sink]]["sink"] = number
     _, idx, position, _ = self.parents

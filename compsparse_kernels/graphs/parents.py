@@ -55,7 +55,10 @@ def checked_parents(parents: object, num_sources: int, name_of: Callable[[int], 
     ptr, idx = check_integers("parents.ptr", parents.ptr), check_integers("parents", parents.idx)
     rises = len(ptr) > 0 and ptr[0] == 0 and ptr[-1] == len(idx) and bool((np.diff(ptr) >= 0).all())
     require(
-        rises, "parents.ptr", f"offsets ascending from 0 to {len(idx)}, the number of edges", listing(map(str, ptr))
+        rises,
+        "parents.ptr",
+        f"offsets ascending from 0 to {len(idx)}, the number of edges",
+        np.array2string(ptr, threshold=8),
     )
     require(len(ptr) > 1, "parents", "at least one node", "none")
     parents = Parents(ptr, idx, *_arguments(parents, np.diff(ptr)))

@@ -56,11 +56,13 @@ def random(
 
 def _level_widths(n_nodes: int, n_outputs: int, in_degree: int, most: int) -> list[int]:
     """From the outputs back: a level is no wider than the edges of the next can read."""
-    widths, left, width = [n_outputs], n_nodes - n_outputs, n_outputs
-    while left:
-        width = min(width * in_degree, most, left)
-        widths.append(width)
-        left -= width
+    widths, left = [n_outputs], n_nodes - n_outputs
+    while left and widths[-1] * in_degree < most:
+        widths.append(min(widths[-1] * in_degree, left))
+        left -= widths[-1]
+    levels = -(-left // most)
+    wider = left % levels if levels else 0
+    widths += [left // levels + (level < wider) for level in range(levels)]
     return widths[::-1]
 
 

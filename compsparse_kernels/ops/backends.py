@@ -63,7 +63,7 @@ def dtypes_on(device: str, op: str) -> tuple[torch.dtype, ...]:
 def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
     """The reason why a backend can't run an op on these tensors, or None if it can."""
     if backend == "reference":
-        return None
+        return next((reason for tensor in tensors if (reason := _no_reference(op, tensor))), None)
     ops, device, dtypes, missing = _KERNELS[backend]
     if op not in ops:
         return "has no kernel of this op"
@@ -72,10 +72,22 @@ def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != device:
             return f"tensors are on {tensor.device.type}"
-        if tensor.dtype not in dtypes:
-            return f"dtype {_name(tensor.dtype)} (has {', '.join(map(_name, dtypes))})"
+        if reason := _unfit(tensor, dtypes):
+            return reason
     if not tensors and device == "cuda" and not torch.cuda.is_available():
         return "there is no GPU here"
+    return None
+
+
+def _no_reference(op: str, tensor: torch.Tensor) -> str | None:
+    return _unfit(tensor, dtypes_on(tensor.device.type, op))
+
+
+def _unfit(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if tensor.layout != torch.strided:
+        return f"a tensor has layout {tensor.layout} (takes dense ones)"
+    if tensor.dtype not in dtypes:
+        return f"dtype {_name(tensor.dtype)} (has {', '.join(map(_name, dtypes))})"
     return None
 
 
@@ -88,9 +100,10 @@ def register_triton(lib: torch.library.Library, op: str, module: str, reference:
     what it has no kernel for runs the reference, as on any device without kernels."""
 
     def launch(*arguments):
-        if why_not("triton", op, arguments[0]) is None:
+        if why_not("triton", op, arguments[0]) is not None:
+            return reference(*arguments)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its tensors'
             return getattr(importlib.import_module(module), op)(*arguments)
-        return reference(*arguments)
 
     lib.impl(op, launch, "CUDA")
 
@@ -114,7 +127,7 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     for tensor in tensors:
         require(isinstance(tensor, torch.Tensor), "tensors", "tensors", type(tensor).__name__, TypeError)
     reasons = {backend: why_not(backend, op, *tensors) for backend in BACKENDS}
-    chosen = next(backend for backend in BACKENDS if reasons[backend] is None)
+    chosen = next((backend for backend in BACKENDS if reasons[backend] is None), None)
     return {backend: "runs" if backend == chosen else reason or "available" for backend, reason in reasons.items()}
 
 

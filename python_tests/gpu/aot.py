@@ -1,5 +1,6 @@
 """Compiles a launch for a GPU that is not here, specialised as Triton's JIT would for the same arguments."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +22,17 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+
+@contextmanager
+def float32_precision(name: str):
+    """Launches made inside are those of a user who told torch ``tf32`` or ``ieee`` for products of float32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = name
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,10 @@ def compile_launch(launch, config: triton.Config, target: str) -> Compiled:
         if address % 16 == 0 and not isinstance(value, float):
             aligned.append(position)
     specialised = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
-    kernel = _compile(function, *specialised, target, config.num_warps, config.num_stages)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if TARGETS[target].backend == "cuda":
+        options["maxnreg"] = config.maxnreg
+    kernel = _compile(function, *specialised, target, tuple(options.items()))
     return Compiled(kernel, tuple(arguments), launch.programs, config.num_warps, config.num_stages)
 
 
@@ -64,7 +79,7 @@ def _type_of(value) -> str:
 
 
 @cache
-def _compile(function, signature, constants, aligned, target, num_warps, num_stages):
+def _compile(function, signature, constants, aligned, target, options):
     attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
     source = ASTSource(function, dict(signature), dict(constants), attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
+    return triton.compile(source, target=TARGETS[target], options=dict(options))

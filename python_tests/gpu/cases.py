@@ -11,7 +11,7 @@ import triton
 from compsparse_kernels import BlockLayout
 from compsparse_kernels.ops.block_sparse_linear import triton as kernels
 from compsparse_kernels.testing import random_mask, random_tensor
-from python_tests.gpu.aot import TARGETS, Compiled, compile_launch
+from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
 from python_tests.gpu.static.occupancy import LDS, LIMITS
 
 FEATURES = 512
@@ -71,11 +71,17 @@ class Case:
 
     @property
     def config(self) -> triton.Config:
-        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages)
+        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=kernels.MOST_REGISTERS)
 
     @property
     def tensor_cores(self) -> bool:
         return self.dtype != "fp32"  # exact float32 products have none
+
+    @property
+    def async_copies(self) -> bool:
+        """wgmma and tcgen05 take tf32 operands along the summed dimension only; a sampled product's lie across it, so
+        they are turned on their way to shared memory, 4 bytes at a time."""
+        return not (self.direction == "sampled" and self.dtype == "tf32" and self.target in ("sm_90", "sm_100"))
 
     def launch(self) -> kernels.Launch:
         """On a large batch. The numbers in its tensors are whatever lies in memory: it is to be compiled only."""
@@ -145,14 +151,12 @@ def _launch(direction: str, dtype_name: str, block: tuple[int, int], batch: int,
     dtype = DTYPES[dtype_name]
     first, second = tensor(batch, FEATURES, dtype=dtype), tensor(batch, FEATURES, dtype=dtype)
     values = tensor(*layout.values_shape, dtype=dtype)
-    if direction == "sampled":
-        launch = kernels.sampled_launch(first, second, *layout.by_output, False, values)
-    else:
+    with float32_precision("ieee" if dtype_name == "fp32" else "tf32"):
+        if direction == "sampled":
+            return kernels.sampled_launch(first, second, *layout.by_output, False, values)
         transposed = direction == "backward"
         order = layout.by_input if transposed else layout.by_output
-        launch = kernels.product_launch(first, values, None, *order, transposed, "none", second)
-    precision = "ieee" if dtype_name == "fp32" else "tf32"  # whatever torch's setting in this process
-    return launch._replace(arguments={**launch.arguments, "PRECISION": precision})
+        return kernels.product_launch(first, values, None, *order, transposed, "none", second)
 
 
 @cache

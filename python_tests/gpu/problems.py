@@ -9,7 +9,7 @@ from compsparse_kernels import BlockLayout
 from compsparse_kernels.ops.block_sparse_linear import reference
 from compsparse_kernels.ops.block_sparse_linear import triton as kernels
 from compsparse_kernels.testing import assert_within_budget, random_tensor
-from python_tests.gpu.aot import Compiled, compile_launch
+from python_tests.gpu.aot import Compiled, compile_launch, float32_precision
 from python_tests.gpu.ptx import Program
 from python_tests.gpu.ptx.torch_launch import run_compiled
 
@@ -138,8 +138,8 @@ class Check:
         tensor_core = p.map(_as_tf32) if tf32 and p.x.dtype == torch.float32 else p
         self.dense = direction.expected(tensor_core)
         self.output = torch.empty_like(self.dense)
-        launch = direction.launch(*direction.arguments(p), self.output)
-        launch.arguments["PRECISION"] = "tf32" if tf32 else "ieee"
+        with float32_precision("tf32" if tf32 else "ieee"):
+            launch = direction.launch(*direction.arguments(p), self.output)
         if constants is not None:
             launch.arguments.update({name: value for name, value in constants.items() if name.isupper()})
             launch = launch._replace(programs=_programs(launch))

@@ -58,7 +58,7 @@ class Emulated:
 def examine(case: Case) -> Static:
     """Compiles a case and reads it."""
     analysis = analyse(case.compiled(), case.target)
-    failed = violations(analysis, tensor_cores=case.tensor_cores)
+    failed = violations(analysis, tensor_cores=case.tensor_cores, async_copies=case.async_copies)
     return Static(case, analysis, cycle_bound(analysis), failed)
 
 

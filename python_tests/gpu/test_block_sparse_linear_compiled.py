@@ -73,8 +73,8 @@ def test_exact_float32_products():
 
 
 @pytest.mark.parametrize("direction", [FORWARD, SAMPLED], ids=by_name)
-def test_no_configuration_and_no_order_of_programs_changes_a_result(direction):
-    """The order of summation is in the launch's arguments: that is what makes the autotuner's choice harmless."""
+def test_no_order_of_programs_and_no_division_among_warps_changes_a_result(direction):
+    """The size and order of the steps are in the launch's arguments, not in the configuration."""
     p = problem(*SHAPES["even"], torch.bfloat16)
     results = []
     for number, config in enumerate(kernels.CONFIGS[:2] + kernels.CONFIGS[4:5]):

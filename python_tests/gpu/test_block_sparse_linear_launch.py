@@ -1,6 +1,8 @@
 """What the launchers decide before anything is compiled: tiles, configurations, derived indices."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -71,17 +73,42 @@ def test_the_autotuner_asks_the_device_for_its_shared_memory():
 
 
 def test_the_batch_tile_leaves_enough_programs():
-    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=64) == 256
-    assert kernels.batch_tile(100_000, rows=64, tile_out=128, in_features=64) == 128
-    assert kernels.batch_tile(512, rows=64, tile_out=64, in_features=64) == 64  # 8 x 64 programs; 128 would leave 256
-    assert kernels.batch_tile(1, rows=4, tile_out=64, in_features=64) == 16
+    assert kernels.batch_tile(100_000, rows=64, in_features=64, most=256) == 256
+    assert kernels.batch_tile(512, rows=64, in_features=64, most=256) == 64  # 8 x 64 programs; 128 would leave 256
+    assert kernels.batch_tile(1, rows=4, in_features=64, most=256) == 16
 
 
 def test_offsets_inside_a_tile_fit_in_32_bits():
-    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**23) == 128
-    assert kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**26) == 16
+    assert kernels.batch_tile(100_000, rows=64, in_features=2**23, most=256) == 128
+    assert kernels.batch_tile(100_000, rows=64, in_features=2**26, most=256) == 16
     with pytest.raises(ValueError, match=r"^x: expected fewer than 134217728 features.*, got 134217728"):
-        kernels.batch_tile(100_000, rows=64, tile_out=64, in_features=2**27)
+        kernels.batch_tile(100_000, rows=64, in_features=2**27, most=256)
+
+
+def test_operands_are_made_contiguous():
+    layout = layout_of()
+    x = torch.randn(layout.in_features, 5).T
+    grad = torch.randn(1, layout.out_features).expand(5, -1)
+    values = torch.randn(*layout.values_shape[:2], 2 * layout.values_shape[2])[..., ::2]
+    bias = torch.randn(2 * layout.out_features)[::2]
+    product = kernels.product_launch(x, values, bias, *layout.by_output, False, "none", torch.empty(grad.shape))
+    sampled = kernels.sampled_launch(grad, x, *layout.by_output, False, torch.empty(layout.values_shape))
+    for launch, given in ((product, {"x": x, "values": values, "bias": bias}), (sampled, {"a": grad, "b": x})):
+        for name, tensor in given.items():
+            assert launch.arguments[name].is_contiguous() and torch.equal(launch.arguments[name], tensor)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_kept_for_a_layout_goes_with_it(shared):
+    count = int(random_mask(3, 4, 0.6, seed=1).sum())
+    layout = layout_of(slot=torch.arange(count) % 2 if shared else None)
+    ptr, idx, slot = layout.by_output
+    kernels.longest_first(ptr)
+    kernels.entries_by_slot(ptr, idx, slot, layout.num_slots if shared else None)
+    alive = weakref.ref(ptr)
+    del layout, ptr, idx, slot
+    gc.collect()
+    assert alive() is None
 
 
 def test_precision_follows_torch():

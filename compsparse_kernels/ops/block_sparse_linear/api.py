@@ -35,18 +35,19 @@ def block_sparse_linear(
     It equals ``F.linear(x, layout.unpack(values), bias)`` followed by the activation, and costs only the blocks.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64.
+        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16.
         values: the blocks, ``[num_slots, block_out, block_in]`` (see :meth:`BlockLayout.pack`), dtype of ``x``.
         layout: which blocks the weight has.
         bias: ``[out_features]`` or None.
         activation: None, ``"relu"``, ``"gelu"`` (exact, by erf) or ``"silu"``, computed in the epilogue.
-        backend: None lets torch's dispatcher choose; ``"cpu"`` or ``"reference"`` runs that one or says why not.
+        backend: None lets torch's dispatcher choose; ``"cpu"``, ``"triton"`` or ``"reference"`` runs that one or
+            says why not.
 
     Returns:
         ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
         the same layout (:func:`sampled_block_matmul` for ``values``).
 
-    Under autocast the inputs are computed in float32 and the output has autocast's dtype, as with ``nn.Linear``.
+    Under autocast the output has autocast's dtype, as with ``nn.Linear``; on the CPU it is computed in float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -80,7 +81,7 @@ def sampled_block_matmul(a: torch.Tensor, b: torch.Tensor, layout: BlockLayout) 
     r"""The blocks of :math:`a^\top b` that a layout names (SDDMM): the gradient of a block-sparse weight.
 
     Args:
-        a: ``[batch, out_features]``, float32 or float64.
+        a: ``[batch, out_features]``, a dtype as in :func:`block_sparse_linear`.
         b: ``[batch, in_features]``, dtype of ``a``.
         layout: which blocks are wanted.
 

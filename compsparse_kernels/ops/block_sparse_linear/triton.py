@@ -4,8 +4,9 @@ product   one program owns a tile [TILE_BATCH, one block row] of y and walks the
           layout and either storage of a block serve, so the gradient of the input is the same kernel.
 sampled   one program owns one value block and walks the batch (and the entries that share the block).
 
-Every output has one owner and one order of summation, so results are the same run to run; there are no atomics. Blocks
-whose sides are no power of two, or below 16, are padded in registers, never in memory.
+Every output has one owner and one order of steps, and there are no atomics: results are the same run to run. Inside a
+step the tensor cores add up, and which of their instructions does may depend on the configuration that was tuned.
+Blocks whose sides are no power of two, or below 16, are padded in registers, never in memory.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from compsparse_kernels.layouts.checks import require
 
 LEAST_TILE = 16  # sides of a tensor-core product
 LARGEST_BATCH_TILE = 256
-LARGEST_TILE = 128 * 128  # sums of one program: 64 a thread with 8 warps
+LARGEST_TILE = 128 * 128  # sums of one program: 64 a thread with 8 warps; masks take half of the registers
+LARGEST_EXACT_TILE = 64  # batch rows where products are exact float32: registers hold their operands
 STEP_BYTES = 128  # of a row of each operand that one step reads: a cache line
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of a large GPU
 INTERPRETED = triton.knobs.runtime.interpret
@@ -30,7 +32,7 @@ class Launch(NamedTuple):
     """One call of a kernel. Tests compile and execute it without a GPU, in each of its configurations."""
 
     kernel: "triton.runtime.Autotuner"
-    arguments: dict[str, object]  # by name; the order of summation is in them, so no configuration changes a result
+    arguments: dict[str, object]  # by name; the size and order of the steps are in them, not in the configuration
     programs: int
 
     def __call__(self) -> None:
@@ -58,7 +60,10 @@ def product_launch(x, values, bias, ptr, idx, slot, transposed, activation, y) -
     batch, in_features = x.shape
     rows = len(ptr) - 1
     block_out, block_in = values.shape[2 if transposed else 1], values.shape[1 if transposed else 2]
-    tile_batch = batch_tile(batch, rows, padded(block_out), in_features)
+    even_in = block_in == padded(block_in) and in_features % block_in == 0
+    largest = LARGEST_TILE if even_in else LARGEST_TILE // 2
+    most_rows = LARGEST_EXACT_TILE if dot_precision(x.dtype) == "ieee" else LARGEST_BATCH_TILE
+    tile_batch = batch_tile(batch, rows, in_features, min(most_rows, largest // padded(block_out)))
     arguments = {
         "x": x.contiguous(),
         "values": values.contiguous(),
@@ -75,12 +80,12 @@ def product_launch(x, values, bias, ptr, idx, slot, transposed, activation, y) -
         "BLOCK_OUT": block_out,
         "BLOCK_IN": block_in,
         "TILE_OUT": padded(block_out),
-        "TILE_IN": min(padded(block_in), STEP_BYTES // x.element_size()),
+        "TILE_IN": min(padded(block_in), step_of(x.dtype)),
         "TILE_BATCH": tile_batch,
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias is not None,
         "ACTIVATION": activation,
-        "EVEN_IN": block_in == padded(block_in) and in_features % block_in == 0,
+        "EVEN_IN": even_in,
         "PRECISION": dot_precision(x.dtype),
         "GROUP": GROUP,
     }
@@ -93,7 +98,7 @@ def sampled_launch(a, b, ptr, idx, slot, shared, values) -> Launch:
     slot_ptr, entry_row, entry_column = entries_by_slot(ptr, idx, slot, num_slots if shared else None)
     batch, out_features, in_features = a.shape[0], a.shape[1], b.shape[1]
     even = block_out == padded(block_out) and block_in == padded(block_in)
-    tile_batch = STEP_BYTES // a.element_size()
+    tile_batch = step_of(a.dtype)
     arguments = {
         "a": a.contiguous(),
         "b": b.contiguous(),
@@ -123,10 +128,10 @@ def padded(side: int) -> int:
     return max(LEAST_TILE, triton.next_power_of_2(side))
 
 
-def batch_tile(batch: int, rows: int, tile_out: int, in_features: int) -> int:
+def batch_tile(batch: int, rows: int, in_features: int, most: int) -> int:
     """Batch rows of a tile of the product: many, so that blocks are read seldom, but enough programs for a GPU, and
     offsets inside the tile that 32 bits hold."""
-    tile = min(LARGEST_BATCH_TILE, LARGEST_TILE // tile_out, padded(batch))
+    tile = min(most, padded(batch))
     while tile > LEAST_TILE and (rows * triton.cdiv(batch, tile) < ENOUGH_PROGRAMS or tile * in_features >= 2**31):
         tile //= 2
     if tile * in_features >= 2**31:
@@ -140,11 +145,17 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def step_of(dtype: torch.dtype) -> int:
+    """What one step sums over: a cache line of each operand; half of it where registers hold what is multiplied."""
+    return STEP_BYTES // dtype.itemsize // (2 if dot_precision(dtype) == "ieee" else 1)
+
+
 _derived = WeakIdKeyDictionary()  # ptr of an order -> (name, idx, slot) -> what the kernels need besides
 
 
 def _kept(ptr: torch.Tensor, key: tuple, make):
-    """What ``make()`` returns, made once for an order: its tensors are told by identity, as layouts never change."""
+    """What ``make()`` returns, made once for an order: its tensors are told by identity, as layouts never change. It
+    may not hold ``ptr``, or neither would ever be freed."""
     kept = _derived.setdefault(ptr, {})
     name, *others = key
     found = kept.get(name)
@@ -167,17 +178,24 @@ def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor
         row = torch.arange(len(lengths), dtype=torch.int32, device=ptr.device)
         row = row.repeat_interleave(lengths, output_size=len(idx))
         if num_slots is None:
-            return ptr, row, idx
+            return None, row, idx
         slots, entries = slot.sort(stable=True)
         offsets = torch.searchsorted(slots, torch.arange(num_slots + 1, dtype=slot.dtype, device=slot.device))
         return offsets, row[entries], idx[entries]
 
-    return _kept(ptr, ("entries_by_slot", idx, slot), make)
+    offsets, row, column = _kept(ptr, ("entries_by_slot", idx, slot), make)
+    return ptr if offsets is None else offsets, row, column
 
 
 # Triton keeps one tile fewer in flight than it has stages (as many on Hopper and Blackwell, which have room for them).
 # Two stages are for targets with little shared memory.
-CONFIGS = [triton.Config({}, num_warps=w, num_stages=s) for s in (3, 4, 2) for w in (1, 2, 4, 8)]
+# ptxas would spill to reach an occupancy of its own choice, unless it is told that all registers may be used.
+MOST_REGISTERS = None if torch.version.hip else 255
+CONFIGS = [
+    triton.Config({}, num_warps=warps, num_stages=stages, maxnreg=MOST_REGISTERS)
+    for stages in (3, 4, 2)
+    for warps in (1, 2, 4, 8)
+]
 
 
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
@@ -185,13 +203,13 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
 
     The tiles in flight fit in ``shared_memory`` bytes, each warp has a product for the tensor cores, and each thread
     copies at least 4 bytes of an operand (less is not copied asynchronously). No thread holds so many sums that
-    registers spill: 64 leave room, twice as many where operands are half precision and addresses few, and products
-    without tensor cores take as many warps as there are.
+    registers spill, and products without tensor cores take as many warps as there are and few stages: memory does not
+    limit them.
     """
     product = "x" in arguments
     outer, inner, step = (arguments[name] for name in (_PRODUCT_TILE if product else _SAMPLED_TILE))
     size = arguments["x" if product else "a"].element_size()
-    most_sums = 128 if size == 2 and not product else 64
+    most_sums = _most_sums(arguments, size)
 
     def fits(config):
         return (config.num_stages - 1) * (outer + inner) * step * size <= shared_memory
@@ -201,13 +219,24 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
         busy = outer * inner >= 16 * threads and min(outer, inner) * step * size >= 4 * threads
         return outer * inner <= most_sums * threads and (busy or config.num_warps == 1)
 
+    widest = max(config.num_warps for config in configs)
     sharing = [config for config in configs if shares(config)]
+    sharing = sharing or [config for config in configs if config.num_warps == widest]
     if arguments["PRECISION"] == "ieee":
         most_warps = max(config.num_warps for config in sharing)
-        sharing = [config for config in sharing if config.num_warps == most_warps]
+        sharing = [config for config in sharing if config.num_warps == most_warps and config.num_stages <= 3]
     fitting = [config for config in sharing if fits(config)]
-    deep = [config for config in fitting if config.num_stages > configs[-1].num_stages]
+    deep = [config for config in fitting if config.num_stages > 2]
     return deep or fitting or sharing[-1:]
+
+
+def _most_sums(arguments: dict, size: int) -> int:
+    """Sums a thread may hold beside addresses and masks: what was found to spill nowhere (python_tests/gpu)."""
+    if "x" in arguments:
+        return 64 if arguments["EVEN_IN"] else 32
+    if arguments["SHARED"]:
+        return 32
+    return 128 if size == 2 and arguments["EVEN_BLOCKS"] and arguments["EVEN_BATCH"] else 64
 
 
 _PRODUCT_TILE = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
@@ -331,7 +360,8 @@ def product_kernel(
 
 
 @triton.jit
-def _sum_over_batch(
+def _add_over_batch(
+    acc,
     a,
     b,
     row,
@@ -356,7 +386,6 @@ def _sum_over_batch(
     a_tile = a + n.to(tl.int64)[None, :] * out_features + (row * BLOCK_OUT + o)[:, None]
     b_tile = b + n.to(tl.int64)[:, None] * in_features + (column * BLOCK_IN + k)[None, :]
     rows = tl.full((), TILE_BATCH, tl.int64)
-    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     for start in range(0, batch, TILE_BATCH):
         if EVEN_BATCH and EVEN_BLOCKS:
             left = tl.load(a_tile)
@@ -404,18 +433,21 @@ def sampled_kernel(
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     if SHARED:
         target = pid.to(tl.int64)
-        acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
         for entry in range(tl.load(slot_ptr + pid), tl.load(slot_ptr + pid + 1)):
-            acc += _sum_over_batch(
-                a, b, tl.load(entry_row + entry), tl.load(entry_column + entry), batch, out_features, in_features,
+            begun = acc if EVEN_BLOCKS else tl.zeros((TILE_OUT, TILE_IN), tl.float32)  # each is cut by its own edge
+            row, column = tl.load(entry_row + entry), tl.load(entry_column + entry)
+            sums = _add_over_batch(
+                begun, a, b, row, column, batch, out_features, in_features,
                 BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN, TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
             )  # fmt: skip
+            acc = sums if EVEN_BLOCKS else acc + sums
     else:
         target = tl.load(slot + pid).to(tl.int64)
-        acc = _sum_over_batch(
-            a, b, tl.load(entry_row + pid), tl.load(entry_column + pid), batch, out_features, in_features,
+        acc = _add_over_batch(
+            acc, a, b, tl.load(entry_row + pid), tl.load(entry_column + pid), batch, out_features, in_features,
             BLOCK_OUT, BLOCK_IN, TILE_OUT, TILE_IN, TILE_BATCH, EVEN_BATCH, EVEN_BLOCKS, PRECISION,
         )  # fmt: skip
     o = tl.arange(0, TILE_OUT)[:, None]

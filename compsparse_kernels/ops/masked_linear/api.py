@@ -34,18 +34,19 @@ def masked_linear(
     It equals ``F.linear(x, W * M, bias)`` in value and gradient, and costs only the mask's survivors.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64.
+        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16.
         values: the survivors, of shape ``layout.values_shape`` (see :meth:`MaskLayout.pack`), dtype of ``x``.
         layout: the mask, and how it is stored.
         bias: ``[out_features]`` or None.
-        backend: None lets torch's dispatcher choose; ``"cpu"`` or ``"reference"`` runs that one or says why not.
+        backend: None lets torch's dispatcher choose; ``"cpu"``, ``"cuda"`` or ``"reference"`` runs that one or says
+            why not.
             ``kind="dense"`` is torch's own product under either name.
 
     Returns:
         ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
         the same layout (:func:`sampled_matmul` for ``values``).
 
-    Under autocast the inputs are computed in float32 and the output has autocast's dtype, as with ``nn.Linear``.
+    Under autocast the output has autocast's dtype, as with ``nn.Linear``; on the CPU it is computed in float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -83,7 +84,7 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
     r"""The elements of :math:`a^\top b` that a mask keeps (SDDMM): the gradient of a pruned weight.
 
     Args:
-        a: ``[batch, out_features]``, float32 or float64.
+        a: ``[batch, out_features]``, a dtype as in :func:`masked_linear`.
         b: ``[batch, in_features]``, dtype of ``a``.
         layout: which elements are wanted.
 
