@@ -3,10 +3,11 @@
 from compsparse_kernels import prune
 from compsparse_kernels._version import __version__
 from compsparse_kernels.graphs import FunctionGraph
-from compsparse_kernels.layouts import AttentionSupport, BlockLayout, MaskLayout
+from compsparse_kernels.layouts import AttentionSupport, BlockLayout, DAGLayout, MaskLayout
 from compsparse_kernels.nn import MaskedLinear, SparseDAGLinear, ThresholdAttention
 from compsparse_kernels.ops import (
     block_sparse_linear,
+    dag_network,
     explain,
     masked_linear,
     sampled_block_matmul,
@@ -17,6 +18,7 @@ from compsparse_kernels.ops import (
 __all__ = [
     "AttentionSupport",
     "BlockLayout",
+    "DAGLayout",
     "FunctionGraph",
     "MaskLayout",
     "MaskedLinear",
@@ -24,6 +26,7 @@ __all__ = [
     "ThresholdAttention",
     "__version__",
     "block_sparse_linear",
+    "dag_network",
     "explain",
     "masked_linear",
     "prune",

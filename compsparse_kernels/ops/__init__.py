@@ -2,15 +2,24 @@
 
 from compsparse_kernels.ops.backends import cpu_isa, explain
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
+from compsparse_kernels.ops.dag_network import dag_network
 from compsparse_kernels.ops.masked_linear import masked_linear, sampled_matmul
 from compsparse_kernels.ops.threshold_attention import threshold_attention
 
-OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul", "threshold_attention")
+OPS = (
+    "block_sparse_linear",
+    "sampled_block_matmul",
+    "masked_linear",
+    "sampled_matmul",
+    "dag_network",
+    "threshold_attention",
+)
 
 __all__ = [
     "OPS",
     "block_sparse_linear",
     "cpu_isa",
+    "dag_network",
     "explain",
     "masked_linear",
     "sampled_block_matmul",
