@@ -30,4 +30,26 @@ COMPSPARSE_INLINE void activate_row(T* y, int64_t count, compsparse::Activation 
     store_partial<T, L>(y + i, activate<T, L>(load_partial<T, L>(y + i, count - i), activation), count - i);
 }
 
+// act(z) and its derivative.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> activate_with_slope(Vec<T, L> z, Vec<T, L>& slope, compsparse::Activation activation) {
+  if (activation == compsparse::Activation::gelu) {
+    const Vec<T, L> share = T(0.5) * (1 + vector_erf<L>(z * T(0.70710678118654752440)));
+    slope = share + z * T(0.39894228040143267794) * vector_exp<T, L>(z * z * T(-0.5));
+    return z * share;
+  }
+  const Vec<T, L> share = 1 / (1 + vector_exp<T, L>(-z));  // silu
+  slope = share * (1 + z * (1 - share));
+  return z * share;
+}
+
+template <typename T, int L>
+COMPSPARSE_INLINE void activate_with_slope(T* y, T* slopes, int64_t count, compsparse::Activation activation) {
+  for (int64_t i = 0; i < count; i += L) {
+    Vec<T, L> slope;
+    store<T, L>(y + i, activate_with_slope<T, L>(load<T, L>(y + i), slope, activation));
+    store<T, L>(slopes + i, slope);
+  }
+}
+
 }  // namespace

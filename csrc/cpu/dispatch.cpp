@@ -7,10 +7,10 @@
 namespace compsparse {
 namespace {
 
-constexpr Kernels scalar = {"scalar", &block_sparse_scalar, &masked_scalar, &attention_scalar};
+constexpr Kernels scalar = {"scalar", &block_sparse_scalar, &masked_scalar, &dag_scalar, &attention_scalar};
 #if defined(COMPSPARSE_X86)
-constexpr Kernels avx2 = {"avx2", &block_sparse_avx2, &masked_avx2, &attention_avx2};
-constexpr Kernels avx512 = {"avx512", &block_sparse_avx512, &masked_avx512, &attention_avx512};
+constexpr Kernels avx2 = {"avx2", &block_sparse_avx2, &masked_avx2, &dag_avx2, &attention_avx2};
+constexpr Kernels avx512 = {"avx512", &block_sparse_avx512, &masked_avx512, &dag_avx512, &attention_avx512};
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {

@@ -127,6 +127,62 @@ struct MaskedTable {
 
 extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;
 
+// dag_network
+
+// Nodes whose weights have one shape. Their gradients are summed in a buffer of all kinds: for each weight
+// [fan_in + 1][gradient_width(out)], transposed, the bias last.
+template <typename T>
+struct DagKind {
+  const T* weights;  // [num_weights, out, fan_in]
+  const T* biases;   // [num_weights, out] or null
+  T* weight_gradients;
+  T* bias_gradients;
+  int64_t num_weights;
+  int64_t out;
+  int64_t fan_in;
+  int64_t gradient_offset;  // where the sums of this kind begin
+  bool linear;
+};
+
+// A tile of the batch is `values` [columns][rows]: the channels of the sources, then of the nodes as they are executed.
+template <typename T>
+struct DagNetwork {
+  const T* x;     // [batch, in_features]
+  T* y;           // [batch, out_features]; null in the backward
+  const T* grad;  // [batch, out_features]; null in the forward
+  T* grad_x;      // [batch, in_features] or null
+  const DagKind<T>* kinds;
+  const int32_t* nodes;      // [num_nodes, 4]: kind, weight, column, output column or -1
+  const int32_t* edge_ptr;   // [num_nodes + 1]
+  const int32_t* edges;      // [.., 3]: column, channels, where they stand in the fan-in
+  const int32_t* child_ptr;  // [num_sources + num_nodes + 1]
+  const int32_t* children;   // [.., 2]: node, where the vertex stands in its fan-in
+  int64_t num_sources;
+  int64_t num_nodes;
+  int64_t in_features;
+  int64_t out_features;
+  Activation activation;
+};
+
+template <typename T>
+struct DagKernels {
+  int64_t lanes;  // a tile has lanes, 2 lanes, .. max_vectors lanes rows
+  int64_t max_vectors;
+  int64_t (*gradient_width)(int64_t out);
+  void (*forward)(const DagNetwork<T>&, Range batch, int64_t rows, T* values);
+  // `slopes` is as large as `values`; adds to the sums of the parameters' gradients unless they are null.
+  void (*backward)(const DagNetwork<T>&, Range batch, int64_t rows, T* values, T* slopes, T* sums);
+  // The sums of all parts, which are `stride` apart, to the gradients of some weights of a kind.
+  void (*reduce)(const DagKind<T>&, const T* sums, int64_t stride, int64_t parts, Range weights);
+};
+
+struct DagTable {
+  DagKernels<float> f32;
+  DagKernels<double> f64;
+};
+
+extern const DagTable dag_scalar, dag_avx2, dag_avx512;
+
 // threshold_attention
 
 // A tensor [batch, heads, tokens, width] read through its strides; only the last dimension is contiguous.
@@ -215,6 +271,7 @@ struct Kernels {
   const char* isa;
   const BlockSparseTable* block_sparse;
   const MaskedTable* masked;
+  const DagTable* dag;
   const AttentionTable* attention;
 };
 

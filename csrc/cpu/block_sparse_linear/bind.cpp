@@ -17,14 +17,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Activation activation_from(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  STD_TORCH_CHECK(name == "silu", "unknown activation reached the kernel: ", name);
-  return Activation::silu;
-}
-
 // The batch is split first: its parts share nothing but the packed weights. Rows are split where the batch is short.
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {

@@ -10,8 +10,7 @@
 #pragma once
 
 #include "../kernels.h"
-#include "../shuffle.h"
-#include "../simd.h"
+#include "../panels.h"
 
 namespace {
 
@@ -45,20 +44,6 @@ COMPSPARSE_INLINE void with_width(int64_t width, const Visit& visit) {
     with_width<T, Target, L / 2, 1>(width, visit);
 }
 
-// A square of L batch rows and L features: rows [0, rows) of x become columns of the panel.
-template <typename T, int L>
-COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width,
-                                   T* panel) {
-  Vec<T, L> v[L];
-  if (rows >= L && features >= L) {
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(x + i * stride);
-  } else {
-    for (int i = 0; i < L; ++i) v[i] = i < rows ? load_partial<T, L>(x + i * stride, features) : Vec<T, L>{};
-  }
-  transpose<T, L>(v);
-  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) if (i < features) store<T, L>(panel + i * width, v[i]);
-}
-
 // Features of `rows` batch rows of x, rows `stride` apart, to a panel; lanes without a batch row are zero.
 template <typename T, class Target>
 void pack(const T* x, int64_t stride, int64_t rows, Range features, T* panel) {
@@ -89,22 +74,6 @@ COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* i
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
     COMPSPARSE_UNROLL for (int k = 1; k < Ahead; ++k) sum[0][r] += sum[k][r];
     store<T, L>(out + r * L, sum[0][r]);
-  }
-}
-
-// tile [L outputs][width] -> y [valid batch rows][outputs]
-template <typename T, int L>
-void unpack_tile(const T* tile, int64_t width, int64_t valid, int64_t outputs, int64_t stride, T* y) {
-  for (int64_t n = 0; n < valid; n += L) {
-    Vec<T, L> v[L];
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(tile + i * width + n);
-    transpose<T, L>(v);
-    T* rows = y + n * stride;
-    if (valid - n >= L && outputs == L) {
-      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(rows + i * stride, v[i]);
-    } else {
-      for (int64_t i = 0; i < L && i < valid - n; ++i) store_partial<T, L>(rows + i * stride, v[i], outputs);
-    }
   }
 }
 

@@ -1,0 +1,10 @@
+#include "kernel.h"
+
+namespace compsparse {
+
+extern const DagTable dag_avx2 = {
+    dag_kernels<float, Target<float, 8, 12>>(),
+    dag_kernels<double, Target<double, 4, 12>>(),
+};
+
+}  // namespace compsparse

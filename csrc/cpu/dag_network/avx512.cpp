@@ -1,0 +1,10 @@
+#include "kernel.h"
+
+namespace compsparse {
+
+extern const DagTable dag_avx512 = {
+    dag_kernels<float, Target<float, 16, 24>>(),
+    dag_kernels<double, Target<double, 8, 24>>(),
+};
+
+}  // namespace compsparse

@@ -1,0 +1,190 @@
+// dag_network and its backward at key CPU: unpack, split the batch over threads, call the chosen table.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+#include "../partition.h"
+#include "../scratch.h"
+#include "../tensors.h"
+
+namespace compsparse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const int32_t* indices(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
+
+std::vector<Tensor> all_contiguous(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(as_contiguous(tensor));
+  return result;
+}
+
+template <typename T>
+std::vector<DagKind<T>> kinds_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                 const std::vector<int64_t>& linear) {
+  std::vector<DagKind<T>> kinds;
+  for (size_t k = 0; k < weights.size(); ++k)
+    kinds.push_back({.weights = static_cast<const T*>(weights[k].data_ptr()),
+                     .biases = biases.empty() ? nullptr : static_cast<const T*>(biases[k].data_ptr()),
+                     .num_weights = weights[k].size(0),
+                     .out = weights[k].size(1),
+                     .fan_in = weights[k].size(2),
+                     .linear = linear[k] != 0});
+  return kinds;
+}
+
+// Rows of a tile. Long rows of registers where the batch is long; never a choice by threads, which would show in sums.
+template <typename T>
+int64_t tile_rows(const DagKernels<T>& kernel, int64_t batch) {
+  constexpr int64_t least_tiles = 4;
+  int64_t vectors = kernel.max_vectors;
+  while (vectors > 1 && batch < least_tiles * vectors * kernel.lanes) --vectors;
+  return vectors * kernel.lanes;
+}
+
+template <typename T>
+int64_t work_of(const DagNetwork<T>& net, int64_t batch) {
+  int64_t per_row = net.in_features;
+  for (int64_t i = 0; i < net.num_nodes; ++i) {
+    const DagKind<T>& kind = net.kinds[net.nodes[4 * i]];
+    per_row += kind.out * kind.fan_in;
+  }
+  return batch * per_row;
+}
+
+// Tiles `part` of `parts`, in batch rows.
+Range tiles_of(int64_t batch, int64_t rows, int64_t part, int64_t parts) {
+  const Range tiles = equal_share((batch + rows - 1) / rows, part, parts);
+  return {tiles.begin * rows, std::min(tiles.end * rows, batch)};
+}
+
+Tensor dag_network(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, const Tensor& nodes,
+                   const Tensor& edge_ptr, const Tensor& edges, std::vector<int64_t> steps, std::vector<int64_t> linear,
+                   int64_t columns, int64_t out_features, std::string activation) {
+  const Tensor input = as_contiguous(x);
+  weights = all_contiguous(weights), biases = all_contiguous(biases);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
+    const std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);
+    const DagNetwork<T> net = {.x = static_cast<const T*>(input.data_ptr()),
+                               .y = static_cast<T*>(y.data_ptr()),
+                               .kinds = kinds.data(),
+                               .nodes = indices(nodes),
+                               .edge_ptr = indices(edge_ptr),
+                               .edges = indices(edges),
+                               .num_nodes = nodes.size(0),
+                               .in_features = x.size(1),
+                               .out_features = out_features,
+                               .activation = activation_from(activation)};
+    const int64_t batch = x.size(0), rows = tile_rows(kernel, batch);
+    const int64_t parts = std::clamp<int64_t>((batch + rows - 1) / rows, 1, parts_for(work_of(net, batch)));
+    for_each_part(parts, [&](int64_t part) {
+      const auto values = make_scratch<T>(columns * rows);
+      kernel.forward(net, tiles_of(batch, rows, part, parts), rows, values.get());
+    });
+  };
+  const DagTable& table = *kernels().dag;
+  x.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  return y;
+}
+
+// Parts of the batch that sum the parameters' gradients apart: at least four, so that four threads have work, more
+// where their sums are small. They depend on the problem alone, so the result does not depend on the number of threads.
+int64_t gradient_parts(int64_t tiles, int64_t sums) {
+  constexpr int64_t least = 4, most = 32, elements = int64_t(1) << 22;
+  return std::clamp<int64_t>(std::clamp<int64_t>(elements / std::max<int64_t>(sums, 1), least, most), 1,
+                             std::max<int64_t>(tiles, 1));
+}
+
+// Gives each kind its place among the sums; returns the size of all.
+template <typename T>
+int64_t place_sums(const DagKernels<T>& kernel, std::vector<DagKind<T>>& kinds) {
+  int64_t size = 0;
+  for (DagKind<T>& kind : kinds) {
+    kind.gradient_offset = size;
+    size += kind.num_weights * (kind.fan_in + 1) * kernel.gradient_width(kind.out);
+  }
+  return size;
+}
+
+template <typename T>
+void run_backward(const DagKernels<T>& kernel, const DagNetwork<T>& net, std::vector<DagKind<T>>& kinds, int64_t batch,
+                  int64_t columns, bool needs_parameters) {
+  const int64_t rows = tile_rows(kernel, batch), tiles = (batch + rows - 1) / rows;
+  const int64_t size = needs_parameters ? place_sums(kernel, kinds) : 0, work = work_of(net, batch);
+  const int64_t parts = gradient_parts(tiles, size);
+  const auto sums = make_scratch<T>(parts * size);
+  const auto body = [&](int64_t part) {
+    const auto values = make_scratch<T>(2 * columns * rows);
+    T* mine = sums.get() + part * size;
+    std::fill(mine, mine + size, T(0));
+    kernel.backward(net, tiles_of(batch, rows, part, parts), rows, values.get(), values.get() + columns * rows,
+                    needs_parameters ? mine : nullptr);
+  };
+  if (parts_for(work) == 1)
+    for (int64_t part = 0; part < parts; ++part) body(part);
+  else
+    for_each_part(parts, body);
+  if (!needs_parameters) return;
+  const int64_t threads = parts_for(parts * size);
+  for_each_part(threads, [&](int64_t thread) {
+    for (const DagKind<T>& kind : kinds)
+      kernel.reduce(kind, sums.get(), size, parts, equal_share(kind.num_weights, thread, threads));
+  });
+}
+
+std::vector<Tensor> dag_network_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights,
+                                         std::vector<Tensor> biases, const Tensor& nodes, const Tensor& edge_ptr,
+                                         const Tensor& edges, const Tensor& child_ptr, const Tensor& children,
+                                         std::vector<int64_t> steps, std::vector<int64_t> linear, int64_t columns,
+                                         std::string activation, bool needs_x, bool needs_parameters) {
+  const Tensor input = as_contiguous(x), grad_y = as_contiguous(grad);
+  weights = all_contiguous(weights), biases = all_contiguous(biases);
+  std::vector<Tensor> grads = {needs_x ? torch::stable::new_empty(x, {x.size(0), x.size(1)})
+                                       : torch::stable::new_empty(x, {0})};
+  if (needs_parameters) {
+    for (const Tensor& weight : weights)
+      grads.push_back(torch::stable::new_empty(x, {weight.size(0), weight.size(1), weight.size(2)}));
+    for (const Tensor& bias : biases) grads.push_back(torch::stable::new_empty(x, {bias.size(0), bias.size(1)}));
+  }
+  const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
+    std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);
+    if (needs_parameters)
+      for (size_t k = 0; k < kinds.size(); ++k) {
+        kinds[k].weight_gradients = static_cast<T*>(grads[1 + k].data_ptr());
+        if (!biases.empty()) kinds[k].bias_gradients = static_cast<T*>(grads[1 + kinds.size() + k].data_ptr());
+      }
+    const DagNetwork<T> net = {.x = static_cast<const T*>(input.data_ptr()),
+                               .grad = static_cast<const T*>(grad_y.data_ptr()),
+                               .grad_x = needs_x ? static_cast<T*>(grads[0].data_ptr()) : nullptr,
+                               .kinds = kinds.data(),
+                               .nodes = indices(nodes),
+                               .edge_ptr = indices(edge_ptr),
+                               .edges = indices(edges),
+                               .child_ptr = indices(child_ptr),
+                               .children = indices(children),
+                               .num_sources = child_ptr.size(0) - 1 - nodes.size(0),
+                               .num_nodes = nodes.size(0),
+                               .in_features = x.size(1),
+                               .out_features = grad.size(1),
+                               .activation = activation_from(activation)};
+    run_backward(kernel, net, kinds, x.size(0), columns, needs_parameters);
+  };
+  const DagTable& table = *kernels().dag;
+  x.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  return grads;
+}
+
+}  // namespace
+}  // namespace compsparse
+
+STABLE_TORCH_LIBRARY_IMPL(compsparse, CPU, m) {
+  m.impl("dag_network", TORCH_BOX(&compsparse::dag_network));
+  m.impl("dag_network_backward", TORCH_BOX(&compsparse::dag_network_backward));
+}

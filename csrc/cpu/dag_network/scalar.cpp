@@ -1,0 +1,10 @@
+#include "kernel.h"
+
+namespace compsparse {
+
+extern const DagTable dag_scalar = {
+    dag_kernels<float, Target<float, 4, 12>>(),
+    dag_kernels<double, Target<double, 2, 12>>(),
+};
+
+}  // namespace compsparse

@@ -1,0 +1,76 @@
+// Panels: a tile of the batch with the batch as the vector axis, [features][rows]. Moves to and from [batch, features],
+// and the product that reads weights one by one, so that blocks of any width fill whole vectors.
+#pragma once
+
+#include "shuffle.h"
+
+namespace {
+
+// A square of L batch rows and L features: rows [0, rows) of x become columns of the panel.
+template <typename T, int L>
+COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width,
+                                   T* panel) {
+  Vec<T, L> v[L];
+  if (rows >= L && features >= L) {
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(x + i * stride);
+  } else {
+    for (int i = 0; i < L; ++i) {
+      const T* row = x + i * stride;
+      v[i] = i >= rows ? Vec<T, L>{} : features >= L ? load<T, L>(row) : load_partial<T, L>(row, features);
+    }
+  }
+  transpose<T, L>(v);
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) if (i < features) store<T, L>(panel + i * width, v[i]);
+}
+
+// x [rows][features], rows `stride` apart, to a panel of `width` rows; lanes without a batch row are zero.
+template <typename T, int L>
+void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width, T* panel) {
+  for (int64_t f = 0; f < features; f += L)
+    for (int64_t n = 0; n < width; n += L)
+      pack_square<T, L>(x + n * stride + f, stride, rows - n, features - f, width, panel + f * width + n);
+}
+
+// tile [L outputs][width] -> y [valid batch rows][outputs]
+template <typename T, int L>
+void unpack_tile(const T* tile, int64_t width, int64_t valid, int64_t outputs, int64_t stride, T* y) {
+  for (int64_t n = 0; n < valid; n += L) {
+    Vec<T, L> v[L];
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(tile + i * width + n);
+    transpose<T, L>(v);
+    T* rows = y + n * stride;
+    if (valid - n >= L && outputs == L) {
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(rows + i * stride, v[i]);
+    } else {
+      for (int64_t i = 0; i < L && i < valid - n; ++i) store_partial<T, L>(rows + i * stride, v[i], outputs);
+    }
+  }
+}
+
+// A panel of `features` features to y [valid batch rows][features], rows `stride` apart.
+template <typename T, int L>
+void unpack_panel(const T* panel, int64_t width, int64_t valid, int64_t features, int64_t stride, T* y) {
+  int64_t f = 0;
+  for (; f + L <= features; f += L) unpack_tile<T, L>(panel + f * width, width, valid, L, stride, y + f);
+  for (; f < features; ++f)
+    for (int64_t n = 0; n < valid; ++n) y[n * stride + f] = panel[f * width + n];
+}
+
+// acc[o][b] += w[o * w_out + k * w_in] * panel[k][b], k = 0 .. depth, for B vectors of batch rows.
+template <typename T, int L, int B, int O>
+COMPSPARSE_INLINE void multiply_panel(const T* w, int64_t w_out, int64_t w_in, const T* panel, int64_t depth,
+                                      Vec<T, L> (&acc)[O][B]) {
+  constexpr int Groups = (O + 2) / 3;  // x86 addresses base, base + s, base + 2 s
+  const T* group[Groups];
+  COMPSPARSE_UNROLL for (int g = 0; g < Groups; ++g) group[g] = w + 3 * g * w_out;
+  for (int64_t k = 0; k < depth; ++k, panel += B * L) {
+    Vec<T, L> input[B];
+    COMPSPARSE_UNROLL for (int b = 0; b < B; ++b) input[b] = load<T, L>(panel + b * L);
+    COMPSPARSE_UNROLL for (int o = 0; o < O; ++o) {
+      const T weight = group[o / 3][(o % 3) * w_out + k * w_in];
+      COMPSPARSE_UNROLL for (int b = 0; b < B; ++b) acc[o][b] += input[b] * weight;
+    }
+  }
+}
+
+}  // namespace
