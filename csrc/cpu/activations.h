@@ -13,8 +13,10 @@ COMPSPARSE_INLINE Vec<T, L> activate(Vec<T, L> z, compsparse::Activation activat
   switch (activation) {
     case Activation::relu:
       return z < 0 ? Vec<T, L>{} : z;  // keeps NaN
-    case Activation::gelu:
-      return z * T(0.5) * (1 + vector_erf<L>(z * T(0.70710678118654752440)));
+    case Activation::gelu: {
+      Vec<T, L> unused;
+      return z * normal_cdf<L>(z, unused);
+    }
     case Activation::silu:
       return z / (1 + vector_exp<T, L>(-z));
     default:
@@ -34,8 +36,9 @@ COMPSPARSE_INLINE void activate_row(T* y, int64_t count, compsparse::Activation 
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<T, L> activate_with_slope(Vec<T, L> z, Vec<T, L>& slope, compsparse::Activation activation) {
   if (activation == compsparse::Activation::gelu) {
-    const Vec<T, L> share = T(0.5) * (1 + vector_erf<L>(z * T(0.70710678118654752440)));
-    slope = share + z * T(0.39894228040143267794) * vector_exp<T, L>(z * z * T(-0.5));
+    Vec<T, L> e;
+    const Vec<T, L> share = normal_cdf<L>(z, e);
+    slope = share + z * T(0.39894228040143267794) * e;
     return z * share;
   }
   const Vec<T, L> share = 1 / (1 + vector_exp<T, L>(-z));  // silu

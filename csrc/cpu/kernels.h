@@ -170,10 +170,11 @@ struct DagKernels {
   int64_t max_vectors;
   int64_t (*gradient_width)(int64_t out);
   void (*forward)(const DagNetwork<T>&, Range batch, int64_t rows, T* values);
-  // `slopes` is as large as `values`; adds to the sums of the parameters' gradients unless they are null.
+  // `slopes` is as large as `values`, or null for relu, whose values tell; adds to the sums of the parameters'
+  // gradients unless they are null.
   void (*backward)(const DagNetwork<T>&, Range batch, int64_t rows, T* values, T* slopes, T* sums);
-  // The sums of all parts, which are `stride` apart, to the gradients of some weights of a kind.
-  void (*reduce)(const DagKind<T>&, const T* sums, int64_t stride, int64_t parts, Range weights);
+  // The sums of all parts, which are `stride` apart, to the gradients of some weights of a kind; overwrites the sums.
+  void (*reduce)(const DagKind<T>&, T* sums, int64_t stride, int64_t parts, Range weights);
 };
 
 struct DagTable {

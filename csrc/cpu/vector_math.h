@@ -1,4 +1,5 @@
-// exp and erf on vectors, within two units in the last place. erf in float64 is libm's, lane by lane.
+// exp and the normal distribution function on vectors, within two units in the last place (of 1, for the latter). In
+// float64 erf is libm's, lane by lane.
 #pragma once
 
 #include "simd.h"
@@ -7,7 +8,7 @@ namespace {
 
 template <int L>
 COMPSPARSE_INLINE Vec<float, L> polynomial(Vec<float, L> x, const float* coefficients, int degree) {
-  Vec<float, L> sum = x * 0 + coefficients[degree];
+  Vec<float, L> sum = Vec<float, L>{} + coefficients[degree];
   COMPSPARSE_UNROLL for (int i = degree - 1; i >= 0; --i) sum = sum * x + coefficients[i];
   return sum;
 }
@@ -59,24 +60,54 @@ COMPSPARSE_INLINE Vec<T, L> vector_exp(Vec<T, L> x) {
   return x > C::highest ? Vec<T, L>{} + T(__builtin_inf()) : e;
 }
 
-// |x| <= 1: x P(x^2); beyond: 1 - e^Q(|x|) with Q = log erfc, up to where erf rounds to 1.
+// e^x for x <= 0, and 0 below -87, where float is about to underflow: half the work of the whole range. The polynomial
+// is fitted on |r| <= log(2) / 2 to a relative error of 2e-9.
 template <int L>
-COMPSPARSE_INLINE Vec<float, L> vector_erf(Vec<float, L> x) {
-  constexpr float near[] = {0.12837916710f, -0.37612626f,     0.112835974f,   -0.0268543288f,
-                            0.00518931216f, -0.000801885501f, 7.88249745e-05f};  // of erf(x) / x - 1
-  constexpr float far[] = {0.000303212961f, -1.13016665f,    -0.631937087f,    -0.109978244f, 0.0263647176f,
-                           -0.00474022236f, 0.000592769531f, -4.55906229e-05f, 1.6140616e-06f};
-  const Vec<float, L> zero = {}, size = x < 0 ? -x : x, bounded = size > 4 ? zero + 4 : size;
-  const Vec<float, L> inner = x + x * polynomial<L>(x * x, near, 6);
-  const Vec<float, L> outer = 1 - vector_exp<float, L>(polynomial<L>(bounded, far, 8));
-  const Vec<float, L> result = size <= 1 ? inner : (x < 0 ? -outer : outer);
-  return x == x ? result : x;
+COMPSPARSE_INLINE Vec<float, L> exp_of_negative(Vec<float, L> x) {
+  using C = ExpConstants<float>;
+  using Ints = Vec<int32_t, L>;
+  constexpr float fit[] = {1,
+                           1,
+                           0.4999999403953552f,
+                           0.16666431725025177f,
+                           0.04166800156235695f,
+                           0.008374162949621677f,
+                           0.001384364441037178f};
+  const Vec<float, L> shifted = x * 1.44269504088896340736f + C::shifter, n = shifted - C::shifter;
+  const Vec<float, L> r = x - n * C::ln2_high - n * C::ln2_low;
+  const Ints exponent = (Ints)shifted - ((Ints)(Vec<float, L>{} + C::shifter) - C::exponent_bias);
+  const Vec<float, L> e = polynomial<L>(r, fit, 6) * (Vec<float, L>)(exponent << C::mantissa_bits);
+  return x < -87 ? Vec<float, L>{} : e;
+}
+
+// The standard normal distribution function of z, and e^(-z^2/2), which serves both: Phi(-|z|) = e^(-z^2/2) P(|z|), P
+// fitted on [0, 5.6] to an error of 2e-8 in Phi; beyond, Phi is 0 or 1 to within 2e-8.
+template <int L>
+COMPSPARSE_INLINE Vec<float, L> normal_cdf(Vec<float, L> z, Vec<float, L>& e) {
+  constexpr float tail[] = {0.5f,
+                            -0.39894112944602966f,
+                            0.24997738003730774f,
+                            -0.13282491266727448f,
+                            0.06196511164307594f,
+                            -0.025524765253067017f,
+                            0.00904662162065506f,
+                            -0.0026122669223695993f,
+                            0.000570996489841491f,
+                            -8.626776252640411e-05f,
+                            7.879319127823692e-06f,
+                            -3.238330634758313e-07f};
+  const Vec<float, L> size = z < 0 ? -z : z, bounded = size > 5.6f ? Vec<float, L>{} + 5.6f : size;
+  e = exp_of_negative<L>(z * z * -0.5f);
+  const Vec<float, L> lower = e * polynomial<L>(bounded, tail, 11);
+  return z < 0 ? lower : 1 - lower;
 }
 
 template <int L>
-COMPSPARSE_INLINE Vec<double, L> vector_erf(Vec<double, L> x) {
-  for (int i = 0; i < L; ++i) x[i] = __builtin_erf(x[i]);
-  return x;
+COMPSPARSE_INLINE Vec<double, L> normal_cdf(Vec<double, L> z, Vec<double, L>& e) {
+  Vec<double, L> result;
+  for (int i = 0; i < L; ++i) result[i] = 0.5 * (1 + __builtin_erf(z[i] * 0.70710678118654752440));
+  e = vector_exp<double, L>(z * z * -0.5);
+  return result;
 }
 
 }  // namespace

@@ -94,12 +94,13 @@ Tensor dag_network(const Tensor& x, std::vector<Tensor> weights, std::vector<Ten
   return y;
 }
 
-// Parts of the batch that sum the parameters' gradients apart: at least four, so that four threads have work, more
-// where their sums are small. They depend on the problem alone, so the result does not depend on the number of threads.
-int64_t gradient_parts(int64_t tiles, int64_t sums) {
-  constexpr int64_t least = 4, most = 32, elements = int64_t(1) << 22;
-  return std::clamp<int64_t>(std::clamp<int64_t>(elements / std::max<int64_t>(sums, 1), least, most), 1,
-                             std::max<int64_t>(tiles, 1));
+// Parts of the batch that sum the parameters' gradients apart: at least four, so that four threads have work; more
+// where the batch is long or the sums are few, so that adding them up costs little. They depend on the problem alone,
+// so the result does not depend on the number of threads.
+int64_t gradient_parts(int64_t batch, int64_t tiles, int64_t sums) {
+  constexpr int64_t least = 4, most = 64, rows_of_a_part = 256, few = int64_t(1) << 18;
+  const int64_t wanted = std::max(batch / rows_of_a_part, few / std::max<int64_t>(sums, 1));
+  return std::min(std::clamp(wanted, least, most), std::max<int64_t>(tiles, 1));
 }
 
 // Gives each kind its place among the sums; returns the size of all.
@@ -113,21 +114,23 @@ int64_t place_sums(const DagKernels<T>& kernel, std::vector<DagKind<T>>& kinds) 
   return size;
 }
 
+// Activations are computed again: a tile is back in cache sooner than it would come from memory.
 template <typename T>
 void run_backward(const DagKernels<T>& kernel, const DagNetwork<T>& net, std::vector<DagKind<T>>& kinds, int64_t batch,
                   int64_t columns, bool needs_parameters) {
-  const int64_t rows = tile_rows(kernel, batch), tiles = (batch + rows - 1) / rows;
-  const int64_t size = needs_parameters ? place_sums(kernel, kinds) : 0, work = work_of(net, batch);
-  const int64_t parts = gradient_parts(tiles, size);
+  const int64_t rows = tile_rows(kernel, batch), tiles = (batch + rows - 1) / rows, tile = columns * rows;
+  const int64_t size = needs_parameters ? place_sums(kernel, kinds) : 0;
+  const int64_t parts = gradient_parts(batch, tiles, size);
+  const bool slopes = net.activation == Activation::gelu || net.activation == Activation::silu;
   const auto sums = make_scratch<T>(parts * size);
   const auto body = [&](int64_t part) {
-    const auto values = make_scratch<T>(2 * columns * rows);
-    T* mine = sums.get() + part * size;
+    const auto values = make_scratch<T>(slopes ? 2 * tile : tile);
+    T* mine = needs_parameters ? sums.get() + part * size : nullptr;
     std::fill(mine, mine + size, T(0));
-    kernel.backward(net, tiles_of(batch, rows, part, parts), rows, values.get(), values.get() + columns * rows,
-                    needs_parameters ? mine : nullptr);
+    kernel.backward(net, tiles_of(batch, rows, part, parts), rows, values.get(), slopes ? values.get() + tile : nullptr,
+                    mine);
   };
-  if (parts_for(work) == 1)
+  if (parts_for(work_of(net, batch)) == 1)
     for (int64_t part = 0; part < parts; ++part) body(part);
   else
     for_each_part(parts, body);

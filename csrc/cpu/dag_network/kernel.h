@@ -77,7 +77,9 @@ void node_forward(const Tile<T, L, B>& t, int64_t i, int64_t o, int64_t out, boo
 
 template <typename T, int L, int B, class Target>
 void tile_forward(const Tile<T, L, B>& t) {
+  const bool for_backward = t.net.grad != nullptr;
   for (int64_t i = 0; i < t.net.num_nodes; ++i) {
+    if (for_backward && t.node(i)[3] >= 0) continue;  // nobody reads a sink
     const DagKind<T>& kind = t.kind(t.node(i));
     const Activation activation = kind.linear ? Activation::none : t.net.activation;
     node_forward<T, L, B, Target::template outputs<B>()>(t, i, 0, kind.out, activation == Activation::relu);
@@ -101,7 +103,7 @@ void vertex_gradient(const Tile<T, L, B>& t, int64_t vertex, int64_t column, int
     multiply_panel<T, L, B, O>(weights, 1, kind.fan_in, t.column(node[2]), kind.out, acc);
   }
   T* out = t.column(column + c);
-  const T* slope = t.slopes + (column + c) * t.Rows;
+  const T* slope = t.slopes ? t.slopes + (column + c) * t.Rows : nullptr;
   COMPSPARSE_UNROLL for (int j = 0; j < O * B; ++j) {
     Vec<T, L> gradient = acc[j / B][j % B];
     if (activation == Activation::relu)
@@ -257,21 +259,27 @@ void backward(const DagNetwork<T>& net, Range batch, int64_t rows, T* values, T*
   });
 }
 
-template <typename T, class Target>
-void reduce(const DagKind<T>& kind, const T* sums, int64_t stride, int64_t parts, Range weights) {
-  const int64_t width = gradient_width<T, Target>(kind.out), size = (kind.fan_in + 1) * width;
-  for (int64_t w = weights.begin; w < weights.end; ++w) {
-    const T* from = sums + kind.gradient_offset + w * size;
-    for (int64_t k = 0; k <= kind.fan_in; ++k)
-      for (int64_t o = 0; o < kind.out; ++o) {
-        T sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += from[part * stride + k * width + o];
-        if (k < kind.fan_in)
-          kind.weight_gradients[(w * kind.out + o) * kind.fan_in + k] = sum;
-        else if (kind.bias_gradients)
-          kind.bias_gradients[w * kind.out + o] = sum;
-      }
+template <typename T, int L, class Target>
+void reduce_with_lanes(const DagKind<T>& kind, T* sums, int64_t stride, int64_t parts, Range weights) {
+  if constexpr (L > Target::MinLanes) {
+    if (kind.out <= L / 2) return reduce_with_lanes<T, L / 2, Target>(kind, sums, stride, parts, weights);
   }
+  const int64_t width = round_up(kind.out, L), size = (kind.fan_in + 1) * width;
+  for (int64_t w = weights.begin; w < weights.end; ++w) {
+    T* total = sums + kind.gradient_offset + w * size;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < size; i += L)
+        store<T, L>(total + i, load<T, L>(total + i) + load<T, L>(total + part * stride + i));
+    T* gradients = kind.weight_gradients + w * kind.out * kind.fan_in;
+    unpack_panel<T, L>(total, width, kind.out, kind.fan_in, kind.fan_in, gradients);
+    if (!kind.bias_gradients) continue;
+    for (int64_t o = 0; o < kind.out; ++o) kind.bias_gradients[w * kind.out + o] = total[kind.fan_in * width + o];
+  }
+}
+
+template <typename T, class Target>
+void reduce(const DagKind<T>& kind, T* sums, int64_t stride, int64_t parts, Range weights) {
+  reduce_with_lanes<T, Target::Lanes, Target>(kind, sums, stride, parts, weights);
 }
 
 template <typename T, class Target>
