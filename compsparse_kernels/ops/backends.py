@@ -29,7 +29,14 @@ if torch.version.cuda:
 _no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
-_CPU_OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul", "threshold_attention")
+_CPU_OPS = (
+    "block_sparse_linear",
+    "sampled_block_matmul",
+    "masked_linear",
+    "sampled_matmul",
+    "threshold_attention",
+    "dag_network",
+)
 # Of each backend with kernels: its ops, the device and the dtypes it runs on, and why it is missing here, or None.
 _KERNELS = {
     "cpu": (_CPU_OPS, "cpu", (torch.float32, torch.float64), _no_cpu_kernels),
