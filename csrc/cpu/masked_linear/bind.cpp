@@ -118,7 +118,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
   const Tensor input = as_contiguous(x), weights = as_contiguous(values);
   std::optional<Tensor> offset;
   if (bias) offset = as_contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  Tensor y = new_tensor(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const std::unique_ptr<T[]> ordered = perm ? ordered_values<T>(weights, *perm) : nullptr;
     const MaskedProduct<T> p = {
@@ -159,7 +159,7 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>&
 
 Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx) {
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
-  Tensor values = torch::stable::new_empty(a, {idx.size(0)});
+  Tensor values = new_tensor(a, {idx.size(0)});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const SampledValues<T> s = {
         .values = static_cast<T*>(values.data_ptr()),
