@@ -99,9 +99,11 @@ void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const 
   for_each_part(parts, [&](int64_t part) {
     kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
   });
-  for_each_part(parts, [&](int64_t part) {
-    const auto scratch = make_scratch<T>(kernel.sampled_scratch(s));
-    kernel.sampled(s, balanced_rows(s.ptr, rows, 1, part, parts), scratch.get());
+  for_each_entry_share(s.ptr, rows, parts, [&](const int64_t* ptr, Range some_rows) {
+    SampledBlocks<T> share = s;
+    share.ptr = ptr;
+    const auto scratch = make_scratch<T>(kernel.sampled_scratch(share));
+    kernel.sampled(share, some_rows, scratch.get());
   });
 }
 

@@ -147,11 +147,12 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>&
     pack_all(a, part, parts, a_packed.get());
     pack_all(b, part, parts, b_packed.get());
   });
-  for_each_part(parts, [&](int64_t part) {
-    const Range rows = balanced_rows(s.ptr, s.out_features, 1, part, parts);
+  for_each_entry_share(s.ptr, s.out_features, parts, [&](const int64_t* ptr, Range rows) {
+    SampledValues<T> share = s;
+    share.ptr = ptr;
     for (int64_t panel = 0; panel < a.count(); ++panel) {
       const Range batch = a.rows(panel);
-      a.kernel.sampled(s, a.data(panel, a_packed.get() + a.offset(panel)),
+      a.kernel.sampled(share, a.data(panel, a_packed.get() + a.offset(panel)),
                        b.data(panel, b_packed.get() + b.offset(panel)), batch.end - batch.begin, panel > 0, rows);
     }
   });
