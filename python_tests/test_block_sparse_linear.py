@@ -396,6 +396,26 @@ def test_bitwise_equal_for_any_number_of_threads(out_features, in_features, bloc
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, dtype):
+    """Nearly all blocks in one row: the sampled product shares out its entries."""
+    mask = torch.zeros(4, 47, dtype=torch.bool)
+    mask[2] = mask[0, 5] = True
+    layout = BlockLayout.from_mask(mask, (16, 20), in_features=930)
+    a, b = random_tensor(70, 64, dtype=dtype, seed=1), random_tensor(70, 930, dtype=dtype, seed=2)
+    if transposed:
+        a, b, layout = b, a, layout.T
+    results = []
+    for threads in THREADS:
+        with num_threads(threads):
+            results.append(sampled_block_matmul(a, b, layout))
+    x, y = a.double(), b.double()
+    exact, magnitude = layout.pack(x.mT @ y), layout.pack(x.abs().mT @ y.abs())
+    assert_within_budget(results[0], layout.pack(a.float().mT @ b.float()), exact, "blocks", magnitude)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
     """The tests of this file that depend on it, in a process whose kernels are capped to a narrower instruction set."""

@@ -369,6 +369,12 @@ def test_sparse_tensors_are_refused():
     for backend in (None, "cpu", "reference"):
         with pytest.raises(TypeError, match=r"x: expected a dense \(strided\) tensor, got one with layout"):
             block_sparse_linear(torch.eye(4).to_sparse(), torch.randn(1, 4, 4), layout, backend=backend)
+    with pytest.raises(TypeError, match=r"^values: expected a dense \(strided\) tensor, got one with layout"):
+        block_sparse_linear(torch.eye(4), torch.randn(1, 4, 4).to_sparse(), layout)
+    with pytest.raises(TypeError, match=r"^bias: expected a dense \(strided\) tensor, got one with layout"):
+        block_sparse_linear(torch.eye(4), torch.randn(1, 4, 4), layout, torch.ones(4).to_sparse())
+    with pytest.raises(TypeError, match=r"^b: expected a dense \(strided\) tensor, got one with layout"):
+        sampled_block_matmul(torch.eye(4), torch.eye(4).to_sparse(), layout)
 
 
 def test_autocast_checks_arguments_too():

@@ -295,6 +295,28 @@ def test_bitwise_equal_for_any_number_of_threads(shape, batch, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 61, 200])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, batch, dtype):
+    """Nearly all survivors in one row: the sampled product shares out its entries."""
+    features = 250_000 // batch + 13  # enough work for three threads, and no share begins at a whole vector
+    mask = torch.zeros(6, features, dtype=torch.bool)
+    mask[3] = mask[0, 5] = mask[4, 7] = True
+    layout = MaskLayout.from_mask(mask, kind="csr")
+    a, b = random_tensor(batch, 6, dtype=dtype, seed=1), random_tensor(batch, features, dtype=dtype, seed=2)
+    if transposed:
+        a, b, layout = b, a, layout.T
+    results = []
+    for threads in THREADS:
+        with num_threads(threads):
+            results.append(sampled_matmul(a, b, layout))
+    x, y = a.double(), b.double()
+    exact, magnitude = layout.pack(x.mT @ y), layout.pack(x.abs().mT @ y.abs())
+    assert_within_budget(results[0], layout.pack(a.float().mT @ b.float()), exact, "values", magnitude)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     """This file's tests of shapes and memory, in a process whose kernels are capped to one instruction set."""

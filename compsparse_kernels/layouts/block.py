@@ -68,6 +68,8 @@ class BlockLayout:
     by_output: BlockOrder
     by_input: BlockOrder = field(init=False)
     num_slots: int = field(init=False)
+    nnz_blocks: int = field(init=False)
+    values_shape: tuple[int, int, int] = field(init=False)
     transposed: bool = field(init=False, default=False)  # values are stored [block_in, block_out]
 
     def __post_init__(self):
@@ -85,9 +87,14 @@ class BlockLayout:
         by_input = BlockOrder(
             torch.from_numpy(by_column), torch.from_numpy(row_idx), slot[torch.from_numpy(perm).long()]
         )
-        object.__setattr__(self, "num_slots", num_slots)
-        object.__setattr__(self, "by_output", BlockOrder(ptr, idx, slot))
-        object.__setattr__(self, "by_input", by_input)
+        for name, value in (
+            ("num_slots", num_slots),
+            ("nnz_blocks", len(idx)),
+            ("values_shape", (num_slots, *self.block_shape)),
+            ("by_output", BlockOrder(ptr, idx, slot)),
+            ("by_input", by_input),
+        ):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_mask(
@@ -185,10 +192,6 @@ class BlockLayout:
         return -(-self.out_features // self.block_shape[0]), -(-self.in_features // self.block_shape[1])
 
     @property
-    def nnz_blocks(self) -> int:
-        return len(self.by_output.idx)
-
-    @property
     def shared(self) -> bool:
         """Do several entries have the same values?"""
         return self.num_slots != self.nnz_blocks
@@ -196,11 +199,6 @@ class BlockLayout:
     @property
     def device(self) -> torch.device:
         return self.by_output.idx.device
-
-    @property
-    def values_shape(self) -> tuple[int, int, int]:
-        block_out, block_in = self.block_shape
-        return (self.num_slots, block_in, block_out) if self.transposed else (self.num_slots, block_out, block_in)
 
     @cached_property
     def density(self) -> float:

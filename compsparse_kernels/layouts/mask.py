@@ -83,6 +83,7 @@ class MaskLayout:
     blocks: BlockLayout | None = None
     mask: torch.Tensor | None = None
     by_input: MaskOrder | None = field(init=False, default=None)
+    values_shape: tuple[int, ...] = field(init=False)
     transposed: bool = field(init=False, default=False)  # values are stored as those of .T are
 
     def __post_init__(self):
@@ -92,9 +93,11 @@ class MaskLayout:
         for name, kinds in (("by_output", ("csr",)), ("blocks", ("block",)), ("mask", ("block", "dense"))):
             unused = self.kind in kinds or getattr(self, name) is None
             require(unused, name, f"None with kind {self.kind}", describe(getattr(self, name)))
-        {"csr": self._check_csr, "block": self._check_block, "dense": self._check_dense}[self.kind]()
+        check = {"csr": self._check_csr, "block": self._check_block, "dense": self._check_dense}[self.kind]
+        object.__setattr__(self, "values_shape", check())
 
-    def _check_csr(self):
+    def _check_csr(self) -> tuple[int, ...]:
+        """Checks and takes over what kind csr is made of, as the next two do for theirs; returns the values' shape."""
         ok = isinstance(self.by_output, tuple) and len(self.by_output) == 3
         require(ok, "by_output", "(row_ptr, col_idx, None)", describe(self.by_output), TypeError)
         ptr, idx, perm = self.by_output
@@ -104,6 +107,7 @@ class MaskLayout:
         by_input = index.transpose(ptr.numpy(), idx.numpy(), self.in_features)
         object.__setattr__(self, "by_output", MaskOrder(ptr, idx, None))
         object.__setattr__(self, "by_input", MaskOrder(*map(torch.from_numpy, by_input)))
+        return (len(idx),)
 
     def _check_block(self):
         ok = isinstance(self.blocks, BlockLayout)
@@ -116,10 +120,13 @@ class MaskLayout:
         if self.mask is not None:
             _check_mask(self.mask, self.blocks.values_shape)
             object.__setattr__(self, "mask", own(self.mask))
+        return self.blocks.values_shape
 
     def _check_dense(self):
-        _check_mask(self.mask, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        _check_mask(self.mask, shape)
         object.__setattr__(self, "mask", own(self.mask))
+        return shape
 
     @classmethod
     def from_mask(
@@ -190,12 +197,6 @@ class MaskLayout:
 
     def _index_tensor(self) -> torch.Tensor:
         return {"csr": self.by_output, "block": self.blocks and self.blocks.by_output}.get(self.kind, (self.mask,))[0]
-
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        if self.kind == "csr":
-            return (self.nnz,)
-        return self.blocks.values_shape if self.kind == "block" else tuple(self.mask.shape)
 
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of each survivor, by output; kind csr only."""

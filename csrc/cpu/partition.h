@@ -42,6 +42,22 @@ inline Range balanced_rows(const int64_t* ptr, int64_t rows, int64_t row_cost, i
   return {boundary(part), boundary(part + 1)};
 }
 
+// Runs body(ptr, rows) on equal shares of the entries, one a thread. Each gets `ptr` clamped to its own share, and the
+// rows that have entries in it: unlike `balanced_rows` this divides a row that is longer than a share.
+template <class Body>
+void for_each_entry_share(const int64_t* ptr, int64_t rows, int64_t parts, const Body& body) {
+  if (parts == 1) return body(ptr, Range{0, rows});
+  for_each_part(parts, [&](int64_t part) {
+    const Range mine = equal_share(ptr[rows], part, parts);
+    if (mine.begin == mine.end) return;
+    const auto row_of = [&](int64_t entry) { return std::upper_bound(ptr, ptr + rows, entry) - ptr - 1; };
+    const Range mine_rows = {row_of(mine.begin), row_of(mine.end - 1) + 1};
+    std::vector<int64_t> clamped(ptr, ptr + mine_rows.end + 1);
+    for (int64_t& offset : clamped) offset = std::clamp(offset, mine.begin, mine.end);
+    body(clamped.data(), mine_rows);
+  });
+}
+
 // Parts worth starting for `work` multiply-adds: a thread that gets less than its start costs is not started.
 inline int64_t parts_for(int64_t work) {
   constexpr int64_t least = 1 << 16;

@@ -3,20 +3,21 @@
 import torch
 
 from compsparse_kernels.layouts import BlockLayout
-from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import (
-    autocast_to,
-    autocasts,
-    check_dtype,
-    check_same,
-    compute_dtype,
-    refuse_forward_mode,
-)
-from compsparse_kernels.ops.backends import check_backend
+from compsparse_kernels.layouts.checks import require
+from compsparse_kernels.ops.arguments import autocasts, refuse_forward_mode
+from compsparse_kernels.ops.backends import check_backend, dtypes_on
 from compsparse_kernels.ops.block_sparse_linear import contract, reference  # noqa: F401  (contract defines the ops)
+from compsparse_kernels.ops.linear_arguments import (
+    check_pair,
+    check_product,
+    is_usual_pair,
+    is_usual_product,
+    product_under_autocast,
+)
 
 _product = torch.ops.compsparse.block_sparse_linear.default
 _sampled = torch.ops.compsparse.sampled_block_matmul.default
+_CPU_DTYPES = dtypes_on("cpu", "block_sparse_linear")
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 
@@ -61,18 +62,25 @@ def block_sparse_linear(
         >>> y.shape, torch.autograd.grad(y.sum(), values)[0].shape
         (torch.Size([5, 64]), torch.Size([4, 16, 8]))
     """
-    if autocasts(x):
-        return _under_autocast(x, values, layout, bias, activation, backend)
-    _check(x, values, layout, bias, activation)
+    is_usual = backend is None and activation in ACTIVATIONS and isinstance(layout, BlockLayout)
+    if not (is_usual and is_usual_product(x, values, bias, layout, layout.by_output.idx, _CPU_DTYPES)):
+        if autocasts(x):
+            return product_under_autocast(
+                "block_sparse_linear",
+                lambda x, values, bias: block_sparse_linear(x, values, layout, bias, activation, backend=backend),
+                *(x, values, bias),
+            )
+        check_product("block_sparse_linear", x, values, bias, layout, BlockLayout)
+        require(activation in ACTIVATIONS, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
+        if backend is not None:
+            check_backend(backend, "block_sparse_linear", x)
+        if backend != "reference":
+            refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    name = "none" if activation is None else activation
-    order, other = layout.by_output, layout.by_input
-    if backend is not None:
-        check_backend(backend, "block_sparse_linear", x)
+    order, other, name = layout.by_output, layout.by_input, activation or "none"
     if backend == "reference":
         y = reference.block_sparse_linear(flat, values, bias, *order, layout.out_features, layout.transposed, name)
     else:
-        refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
         y = _linear(flat, values, bias, order, other, layout.out_features, layout.transposed, name)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
@@ -99,113 +107,77 @@ def sampled_block_matmul(a: torch.Tensor, b: torch.Tensor, layout: BlockLayout) 
         >>> torch.allclose(sampled_block_matmul(a, b, layout), layout.pack(a.T @ b), atol=1e-5)
         True
     """
-    _check_layout(layout)
-    for name, tensor, features in (("a", a, layout.out_features), ("b", b, layout.in_features)):
-        ok = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == features
-        require(ok, name, f"2-D tensor [batch, {features}]", describe(tensor))
-        check_same(name, tensor, "a", a)
-    check_dtype("a", a, "sampled_block_matmul")
-    _check_layout_device(layout, "a", a)
-    require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
-    refuse_forward_mode(("a", a), ("b", b))
+    is_usual = isinstance(layout, BlockLayout)
+    if not (is_usual and is_usual_pair(a, b, layout, layout.by_output.idx, _CPU_DTYPES)):
+        check_pair("sampled_block_matmul", a, b, layout, BlockLayout)
+        refuse_forward_mode(("a", a), ("b", b))
+    order, other = layout.by_output, layout.by_input
     if layout.transposed:
-        a, b, layout = b, a, layout.T
-    return _sampled_blocks(a, b, layout.by_output, layout.by_input, layout.num_slots, layout.block_shape)
+        a, b, order, other = b, a, other, order
+    return _sampled_blocks(a, b, order, other, layout.values_shape)
 
 
 def _linear(x, values, bias, order, other, out_features, transposed, activation):
     wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanted and torch.is_grad_enabled()):
-        return _product(x, values, bias, *order, out_features, transposed, activation)
+        ptr, idx, slot = order
+        return _product(x, values, bias, ptr, idx, slot, out_features, transposed, activation)
     # relu's derivative needs only the output, so it stays fused; the others' inputs are kept by torch.
     fused = activation if activation == "relu" else "none"
-    y = _BlockSparseLinear.apply(x, values, bias, *order, *other, out_features, transposed, fused)
+    y = _BlockSparseLinear.apply(x, values, bias, order, other, out_features, transposed, fused)
     return y if fused == activation else reference.ACTIVATIONS[activation](y)
 
 
-def _sampled_blocks(a, b, order, other, num_slots, block_shape):
+def _sampled_blocks(a, b, order, other, shape):
     if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():
-        return _SampledBlockMatmul.apply(a, b, *order, *other, num_slots, *block_shape)
-    return _sampled(a, b, *order, num_slots, num_slots != len(order[1]), *block_shape)
+        return _SampledBlockMatmul.apply(a, b, order, other, shape)
+    return _run_sampled(a, b, order, shape)
+
+
+def _run_sampled(a, b, order, shape):
+    (ptr, idx, slot), (num_slots, block_out, block_in) = order, shape
+    return _sampled(a, b, ptr, idx, slot, num_slots, num_slots != idx.shape[0], block_out, block_in)
 
 
 class _BlockSparseLinear(torch.autograd.Function):
     """The gradients are the same two ops over the other order, so they can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, ptr, idx, slot, t_ptr, t_idx, t_slot, out_features, transposed, activation):
+    def forward(ctx, x, values, bias, order, other, out_features, transposed, activation):
+        ptr, idx, slot = order
         y = _product(x, values, bias, ptr, idx, slot, out_features, transposed, activation)
-        relu_output = y if activation == "relu" else None
-        ctx.save_for_backward(x, values, relu_output, ptr, idx, slot, t_ptr, t_idx, t_slot)
-        ctx.transposed = transposed
+        ctx.save_for_backward(x, values, y if activation == "relu" else None)
+        ctx.pattern = order, other, transposed
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, values, relu_output, *indices = ctx.saved_tensors
-        order, other = indices[:3], indices[3:]
+        x, values, relu_output = ctx.saved_tensors
+        order, other, transposed = ctx.pattern
+        wants_x, wants_values, wants_bias, *_ = ctx.needs_input_grad
         if relu_output is not None:
             grad = grad.masked_fill(relu_output <= 0, 0)  # lets NaN through, as torch's relu does
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _linear(grad, values, None, other, order, x.shape[1], not ctx.transposed, "none")
-        if ctx.needs_input_grad[1]:
-            num_slots, rows, columns = values.shape
-            pair = (x, grad, other, order) if ctx.transposed else (grad, x, order, other)
-            grad_values = _sampled_blocks(*pair, num_slots, (rows, columns))
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_values, grad_bias, *[None] * 9
+        grad_x = grad_values = None
+        if wants_x:
+            grad_x = _linear(grad, values, None, other, order, x.shape[1], not transposed, "none")
+        if wants_values:
+            pair = (x, grad, other, order) if transposed else (grad, x, order, other)
+            grad_values = _sampled_blocks(*pair, values.shape)
+        return grad_x, grad_values, grad.sum(0) if wants_bias else None, None, None, None, None, None
 
 
 class _SampledBlockMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, ptr, idx, slot, t_ptr, t_idx, t_slot, num_slots, block_out, block_in):
-        ctx.save_for_backward(a, b, ptr, idx, slot, t_ptr, t_idx, t_slot)
-        return _sampled(a, b, ptr, idx, slot, num_slots, num_slots != len(idx), block_out, block_in)
+    def forward(ctx, a, b, order, other, shape):
+        ctx.save_for_backward(a, b)
+        ctx.pattern = order, other
+        return _run_sampled(a, b, order, shape)
 
     @staticmethod
     def backward(ctx, grad):
-        a, b, *indices = ctx.saved_tensors
-        order, other = indices[:3], indices[3:]
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_a = _linear(b, grad, None, order, other, a.shape[1], False, "none")
-        if ctx.needs_input_grad[1]:
-            grad_b = _linear(a, grad, None, other, order, b.shape[1], True, "none")
-        return grad_a, grad_b, *[None] * 9
-
-
-def _under_autocast(x, values, layout, bias, activation, backend):
-    device = x.device.type
-    dtype, compute = torch.get_autocast_dtype(device), compute_dtype("block_sparse_linear", device)
-    with torch.autocast(device, enabled=False):
-        x, values, bias = (autocast_to(compute, tensor) for tensor in (x, values, bias))
-        return block_sparse_linear(x, values, layout, bias, activation, backend=backend).to(dtype)
-
-
-def _check_layout(layout):
-    require(isinstance(layout, BlockLayout), "layout", "BlockLayout", type(layout).__name__, TypeError)
-
-
-def _check_layout_device(layout, name, tensor):
-    if tensor.device != layout.device:
-        require(False, "layout", f"on {tensor.device}, like {name} (layout.to(device))", f"one on {layout.device}")
-
-
-def _check(x, values, layout, bias, activation):
-    _check_layout(layout)
-    ok = isinstance(x, torch.Tensor) and x.dim() >= 1 and x.shape[-1] == layout.in_features
-    if not ok:
-        require(False, "x", f"tensor [..., {layout.in_features}]", describe(x))
-    if not (isinstance(values, torch.Tensor) and values.shape == layout.values_shape):
-        require(False, "values", f"tensor {list(layout.values_shape)}", describe(values))
-    if bias is not None and not (isinstance(bias, torch.Tensor) and bias.shape == (layout.out_features,)):
-        require(False, "bias", f"tensor [{layout.out_features}] or None", describe(bias))
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is not None:
-            check_same(name, tensor, "x", x)
-    check_dtype("x", x, "block_sparse_linear")
-    _check_layout_device(layout, "x", x)
-    if activation not in ACTIVATIONS:
-        require(False, "activation", "None, 'relu', 'gelu' or 'silu'", repr(activation))
+        a, b = ctx.saved_tensors
+        order, other = ctx.pattern
+        wants_a, wants_b, *_ = ctx.needs_input_grad
+        grad_a = _linear(b, grad, None, order, other, a.shape[1], False, "none") if wants_a else None
+        grad_b = _linear(a, grad, None, other, order, b.shape[1], True, "none") if wants_b else None
+        return grad_a, grad_b, None, None, None

@@ -4,21 +4,21 @@ import torch
 import torch.nn.functional as F
 
 from compsparse_kernels.layouts import MaskLayout
-from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import (
-    autocast_to,
-    autocasts,
-    check_dtype,
-    check_same,
-    compute_dtype,
-    refuse_forward_mode,
-)
-from compsparse_kernels.ops.backends import check_backend
+from compsparse_kernels.ops.arguments import autocasts, refuse_forward_mode
+from compsparse_kernels.ops.backends import check_backend, dtypes_on
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
+from compsparse_kernels.ops.linear_arguments import (
+    check_pair,
+    check_product,
+    is_usual_pair,
+    is_usual_product,
+    product_under_autocast,
+)
 from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
 
 _product = torch.ops.compsparse.masked_linear.default
 _sampled = torch.ops.compsparse.sampled_matmul.default
+_CPU_DTYPES = dtypes_on("cpu", "masked_linear")
 
 
 def masked_linear(
@@ -61,21 +61,28 @@ def masked_linear(
         >>> torch.allclose(y, torch.nn.functional.linear(x, weight * mask), atol=1e-5)
         True
     """
-    if autocasts(x):
-        return _under_autocast(x, values, layout, bias, backend)
-    _check(x, values, layout, bias)
-    if backend is not None:
-        check_backend(backend, "masked_linear", x)
-    if layout.kind == "block":
-        return block_sparse_linear(x, layout.masked(values), layout.blocks, bias, backend=backend)
-    if layout.kind == "dense":
-        weight = layout.masked(values)
-        return F.linear(x, weight.mT if layout.transposed else weight, bias)
+    is_usual = backend is None and isinstance(layout, MaskLayout) and layout.kind == "csr"
+    if not (is_usual and is_usual_product(x, values, bias, layout, layout.by_output.idx, _CPU_DTYPES)):
+        if autocasts(x):
+            return product_under_autocast(
+                "masked_linear",
+                lambda x, values, bias: masked_linear(x, values, layout, bias, backend=backend),
+                *(x, values, bias),
+            )
+        check_product("masked_linear", x, values, bias, layout, MaskLayout)
+        if backend is not None:
+            check_backend(backend, "masked_linear", x)
+        if layout.kind == "block":
+            return block_sparse_linear(x, layout.masked(values), layout.blocks, bias, backend=backend)
+        if layout.kind == "dense":
+            weight = layout.masked(values)
+            return F.linear(x, weight.mT if layout.transposed else weight, bias)
+        if backend != "reference":
+            refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if backend == "reference":
         y = reference.masked_linear(flat, values, bias, *layout.by_output, layout.out_features)
     else:
-        refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
         y = _linear(flat, values, bias, layout.by_output, layout.by_input, layout.out_features)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
@@ -102,27 +109,31 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
         >>> torch.allclose(sampled_matmul(a, b, layout), layout.pack(a.T @ b), atol=1e-5)
         True
     """
-    _check_sampled(a, b, layout)
-    if layout.kind == "block":
-        return layout.masked(sampled_block_matmul(a, b, layout.blocks))
+    is_usual = isinstance(layout, MaskLayout) and layout.kind == "csr"
+    if not (is_usual and is_usual_pair(a, b, layout, layout.by_output.idx, _CPU_DTYPES)):
+        check_pair("sampled_matmul", a, b, layout, MaskLayout)
+        if layout.kind == "block":
+            return layout.masked(sampled_block_matmul(a, b, layout.blocks))
+        if layout.kind == "dense":
+            return layout.masked(b.mT @ a if layout.transposed else a.mT @ b)
+        refuse_forward_mode(("a", a), ("b", b))
+    order, other = layout.by_output, layout.by_input
     if layout.transposed:
-        a, b, layout = b, a, layout.T
-    if layout.kind == "dense":
-        return layout.masked(a.mT @ b)
-    refuse_forward_mode(("a", a), ("b", b))
-    return _sampled_values(a, b, layout.by_output, layout.by_input)
+        a, b, order, other = b, a, other, order
+    return _sampled_values(a, b, order, other)
 
 
 def _linear(x, values, bias, order, other, out_features):
     wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    if not (wanted and torch.is_grad_enabled()):
-        return _product(x, values, bias, *order, out_features)
-    return _MaskedLinear.apply(x, values, bias, *order, *other, out_features)
+    if wanted and torch.is_grad_enabled():
+        return _MaskedLinear.apply(x, values, bias, order, other, out_features)
+    ptr, idx, perm = order
+    return _product(x, values, bias, ptr, idx, perm, out_features)
 
 
 def _sampled_values(a, b, order, other):
     if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():
-        return _SampledMatmul.apply(a, b, *order, *other)
+        return _SampledMatmul.apply(a, b, order, other)
     return _sampled(a, b, order[0], order[1])
 
 
@@ -130,78 +141,38 @@ class _MaskedLinear(torch.autograd.Function):
     """The gradients are the same two ops over the other order, so they can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, ptr, idx, perm, t_ptr, t_idx, t_perm, out_features):
-        ctx.save_for_backward(x, values, ptr, idx, perm, t_ptr, t_idx, t_perm)
+    def forward(ctx, x, values, bias, order, other, out_features):
+        ctx.save_for_backward(x, values)
+        ctx.orders = order, other
+        ptr, idx, perm = order
         return _product(x, values, bias, ptr, idx, perm, out_features)
 
     @staticmethod
     def backward(ctx, grad):
-        x, values, *indices = ctx.saved_tensors
-        order, other = indices[:3], indices[3:]
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _linear(grad, values, None, other, order, x.shape[1])
-        if ctx.needs_input_grad[1]:
+        x, values = ctx.saved_tensors
+        order, other = ctx.orders
+        wants_x, wants_values, wants_bias, *_ = ctx.needs_input_grad
+        grad_x = _linear(grad, values, None, other, order, x.shape[1]) if wants_x else None
+        grad_values = None
+        if wants_values:
             values_in_this_order = order[2] is None
             pair = (grad, x, order, other) if values_in_this_order else (x, grad, other, order)
             grad_values = _sampled_values(*pair)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_values, grad_bias, *[None] * 7
+        return grad_x, grad_values, grad.sum(0) if wants_bias else None, None, None, None
 
 
 class _SampledMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, ptr, idx, perm, t_ptr, t_idx, t_perm):
-        ctx.save_for_backward(a, b, ptr, idx, perm, t_ptr, t_idx, t_perm)
-        return _sampled(a, b, ptr, idx)
+    def forward(ctx, a, b, order, other):
+        ctx.save_for_backward(a, b)
+        ctx.orders = order, other
+        return _sampled(a, b, order[0], order[1])
 
     @staticmethod
     def backward(ctx, grad):
-        a, b, *indices = ctx.saved_tensors
-        order, other = indices[:3], indices[3:]
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_a = _linear(b, grad, None, order, other, a.shape[1])
-        if ctx.needs_input_grad[1]:
-            grad_b = _linear(a, grad, None, other, order, b.shape[1])
-        return grad_a, grad_b, *[None] * 6
-
-
-def _under_autocast(x, values, layout, bias, backend):
-    device = x.device.type
-    dtype, compute = torch.get_autocast_dtype(device), compute_dtype("masked_linear", device)
-    with torch.autocast(device, enabled=False):
-        x, values, bias = (autocast_to(compute, tensor) for tensor in (x, values, bias))
-        return masked_linear(x, values, layout, bias, backend=backend).to(dtype)
-
-
-def _check(x, values, layout, bias):
-    require(isinstance(layout, MaskLayout), "layout", "MaskLayout", type(layout).__name__, TypeError)
-    if not (isinstance(x, torch.Tensor) and x.dim() >= 1 and x.shape[-1] == layout.in_features):
-        require(False, "x", f"tensor [..., {layout.in_features}]", describe(x))
-    if not (isinstance(values, torch.Tensor) and values.shape == layout.values_shape):
-        require(False, "values", f"tensor {list(layout.values_shape)}", describe(values))
-    if bias is not None and not (isinstance(bias, torch.Tensor) and bias.shape == (layout.out_features,)):
-        require(False, "bias", f"tensor [{layout.out_features}] or None", describe(bias))
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is not None:
-            check_same(name, tensor, "x", x)
-    check_dtype("x", x, "masked_linear")
-    _check_device(layout, "x", x)
-
-
-def _check_sampled(a, b, layout):
-    require(isinstance(layout, MaskLayout), "layout", "MaskLayout", type(layout).__name__, TypeError)
-    for name, tensor, features in (("a", a, layout.out_features), ("b", b, layout.in_features)):
-        ok = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == features
-        require(ok, name, f"2-D tensor [batch, {features}]", describe(tensor))
-        check_same(name, tensor, "a", a)
-    check_dtype("a", a, "sampled_matmul")
-    require(a.shape[0] == b.shape[0], "b", f"batch {a.shape[0]}, as in a", b.shape[0])
-    _check_device(layout, "a", a)
-
-
-def _check_device(layout, name, tensor):
-    if tensor.device != layout.device:
-        require(False, "layout", f"on {tensor.device}, like {name} (layout.to(device))", f"one on {layout.device}")
+        a, b = ctx.saved_tensors
+        order, other = ctx.orders
+        wants_a, wants_b, *_ = ctx.needs_input_grad
+        grad_a = _linear(b, grad, None, order, other, a.shape[1]) if wants_a else None
+        grad_b = _linear(a, grad, None, other, order, b.shape[1]) if wants_b else None
+        return grad_a, grad_b, None, None

@@ -41,7 +41,7 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& values, const std::opt
   const Tensor input = as_contiguous(x), weights = as_contiguous(values);
   std::optional<Tensor> offset;
   if (bias) offset = as_contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  Tensor y = new_tensor(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
     const BlockProduct<T> p = {
         .x = static_cast<const T*>(input.data_ptr()),
@@ -91,18 +91,20 @@ void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const 
   for_each_part(parts, [&](int64_t part) {
     kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
   });
-  for_each_part(parts, [&](int64_t part) {
-    const auto scratch = make_scratch<T>(kernel.sampled_scratch(s));
-    kernel.sampled(s, balanced_rows(s.ptr, rows, 1, part, parts), scratch.get());
+  for_each_entry_share(s.ptr, rows, parts, [&](const int64_t* ptr, Range some_rows) {
+    SampledBlocks<T> share = s;
+    share.ptr = ptr;
+    const auto scratch = make_scratch<T>(kernel.sampled_scratch(share));
+    kernel.sampled(share, some_rows, scratch.get());
   });
 }
 
 Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx, const Tensor& slot,
                             int64_t num_slots, bool shared, int64_t block_out, int64_t block_in) {
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
-  Tensor values = torch::stable::new_empty(a, {num_slots, block_out, block_in});
+  Tensor values = new_tensor(a, {num_slots, block_out, block_in});
   const int64_t num_entries = idx.size(0);
-  Tensor entries = shared ? torch::stable::new_empty(a, {num_entries, block_out, block_in}) : values;
+  Tensor entries = shared ? new_tensor(a, {num_entries, block_out, block_in}) : values;
   const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
     const SampledBlocks<T> s = {
         .a = static_cast<const T*>(left.data_ptr()),

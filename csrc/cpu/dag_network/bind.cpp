@@ -69,7 +69,7 @@ Tensor dag_network(const Tensor& x, std::vector<Tensor> weights, std::vector<Ten
                    int64_t columns, int64_t out_features, std::string activation) {
   const Tensor input = as_contiguous(x);
   weights = all_contiguous(weights), biases = all_contiguous(biases);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  Tensor y = new_tensor(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
     const std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);
     const DagNetwork<T> net = {.x = static_cast<const T*>(input.data_ptr()),
@@ -149,12 +149,11 @@ std::vector<Tensor> dag_network_backward(const Tensor& grad, const Tensor& x, st
                                          std::string activation, bool needs_x, bool needs_parameters) {
   const Tensor input = as_contiguous(x), grad_y = as_contiguous(grad);
   weights = all_contiguous(weights), biases = all_contiguous(biases);
-  std::vector<Tensor> grads = {needs_x ? torch::stable::new_empty(x, {x.size(0), x.size(1)})
-                                       : torch::stable::new_empty(x, {0})};
+  std::vector<Tensor> grads = {needs_x ? new_tensor(x, {x.size(0), x.size(1)}) : new_tensor(x, {0})};
   if (needs_parameters) {
     for (const Tensor& weight : weights)
-      grads.push_back(torch::stable::new_empty(x, {weight.size(0), weight.size(1), weight.size(2)}));
-    for (const Tensor& bias : biases) grads.push_back(torch::stable::new_empty(x, {bias.size(0), bias.size(1)}));
+      grads.push_back(new_tensor(x, {weight.size(0), weight.size(1), weight.size(2)}));
+    for (const Tensor& bias : biases) grads.push_back(new_tensor(x, {bias.size(0), bias.size(1)}));
   }
   const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
     std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);

@@ -118,7 +118,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
   const Tensor input = as_contiguous(x), weights = as_contiguous(values);
   std::optional<Tensor> offset;
   if (bias) offset = as_contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  Tensor y = new_tensor(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const std::unique_ptr<T[]> ordered = perm ? ordered_values<T>(weights, *perm) : nullptr;
     const MaskedProduct<T> p = {
@@ -147,11 +147,12 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>&
     pack_all(a, part, parts, a_packed.get());
     pack_all(b, part, parts, b_packed.get());
   });
-  for_each_part(parts, [&](int64_t part) {
-    const Range rows = balanced_rows(s.ptr, s.out_features, 1, part, parts);
+  for_each_entry_share(s.ptr, s.out_features, parts, [&](const int64_t* ptr, Range rows) {
+    SampledValues<T> share = s;
+    share.ptr = ptr;
     for (int64_t panel = 0; panel < a.count(); ++panel) {
       const Range batch = a.rows(panel);
-      a.kernel.sampled(s, a.data(panel, a_packed.get() + a.offset(panel)),
+      a.kernel.sampled(share, a.data(panel, a_packed.get() + a.offset(panel)),
                        b.data(panel, b_packed.get() + b.offset(panel)), batch.end - batch.begin, panel > 0, rows);
     }
   });
@@ -159,7 +160,7 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>&
 
 Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx) {
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
-  Tensor values = torch::stable::new_empty(a, {idx.size(0)});
+  Tensor values = new_tensor(a, {idx.size(0)});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
     const SampledValues<T> s = {
         .values = static_cast<T*>(values.data_ptr()),

@@ -16,6 +16,7 @@
 #include "../kernels.h"
 #include "../partition.h"
 #include "../scratch.h"
+#include "../tensors.h"
 
 namespace compsparse {
 namespace {
@@ -185,9 +186,7 @@ struct Inputs {
     return a;
   }
 
-  Tensor new_output() const {
-    return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), value.size(3)});
-  }
+  Tensor new_output() const { return new_tensor(query, {query.size(0), query.size(1), query.size(2), value.size(3)}); }
 };
 
 Inputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
@@ -226,8 +225,8 @@ std::tuple<Tensor, Tensor> join_blocks(const Tensor& like, Tensor& row_ptr, cons
   const int64_t rows = row_ptr.size(0) - 1;
   ptr[0] = 0;
   for (int64_t row = 0; row < rows; ++row) ptr[row + 1] += ptr[row];
-  Tensor col_idx = torch::stable::new_empty(like, {ptr[rows]}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(like, {ptr[rows]});
+  Tensor col_idx = new_tensor(like, {ptr[rows]}, aoti_torch_dtype_int32());
+  Tensor weights = new_tensor(like, {ptr[rows]});
   const int64_t total = units.total(batch), parts = parts_for(ptr[rows]);
   for_each_part(parts, [&](int64_t part) {
     const Range mine = equal_share(total, part, parts);
@@ -246,8 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_support(
     const std::optional<Tensor>& key_padding_mask, double threshold, std::string rule, bool is_causal, double scale) {
   const Inputs inputs = inputs_of(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale);
   Tensor out = inputs.new_output();
-  Tensor row_ptr =
-      torch::stable::new_empty(query, {query.size(0) * query.size(1) * query.size(2) + 1}, ScalarType::Long);
+  Tensor row_ptr = new_tensor(query, {query.size(0) * query.size(1) * query.size(2) + 1}, aoti_torch_dtype_int64());
   Tensor col_idx, weights;
   by_dtype(query, [&]<typename T>(const AttentionKernels<T>& kernel) {
     Attention<T> a = inputs.attention<T>(out);
@@ -287,11 +285,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_backward(const Te
                                                                         const Tensor& weights, double scale) {
   const Tensor rows[] = {with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value),
                          with_contiguous_rows(grad)};
-  const auto new_like = [](const Tensor& x) {
-    return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  };
+  const auto new_like = [](const Tensor& x) { return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); };
   Tensor query_grad = new_like(query), key_grad = new_like(key), value_grad = new_like(value);
-  Tensor score_grad = torch::stable::new_empty(weights, {weights.size(0)});
+  Tensor score_grad = new_tensor(weights, {weights.size(0)});
   by_dtype(query, [&]<typename T>(const AttentionKernels<T>& kernel) {
     const AttentionGradient<T> g = {
         .size = sizes_of(query, key, value),
