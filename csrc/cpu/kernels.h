@@ -1,6 +1,6 @@
 // The boundary between torch and arithmetic: plain structs and tables of function pointers.
 //
-// bind.cpp files unpack tensors into these structs; kernel files (scalar.cpp, avx2.cpp, avx512.cpp) fill the tables.
+// bind.cpp files unpack tensors into these structs; kernel files (scalar.cpp, avx2.cpp, avx512*.cpp) fill the tables.
 // Kernel files include this header and csrc/cpu/simd.h only: no torch, no STL, nothing with external linkage but the
 // one table they define. All sizes are in elements, all index arithmetic is int64.
 #pragma once

@@ -9,6 +9,7 @@ namespace {
 // each rounded to nearest even (or both at once, as the processor has it), whatever the rounding mode; it takes
 // subnormal inputs and sums as 0.
 struct Pairs : Target<BFloat16, 16, 24, 4> {
+  static constexpr int NarrowRows = 8;  // packing inputs for more costs what they would gain, in so short sums
   static constexpr int Together = 2;
   static constexpr bool AsStored = true;
 

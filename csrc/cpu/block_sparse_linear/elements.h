@@ -14,7 +14,8 @@ struct Target {
   static constexpr int Accumulators = Accumulators_;
   static constexpr int MaxVectors = MaxVectors_;
   static constexpr int MinLanes = 16 / sizeof(Sum<T>);
-  static constexpr int Together = 1;                             // inputs of an element
+  static constexpr int NarrowRows = 12;  // batch rows of a product's tile that is one vector wide
+  static constexpr int Together = 1;     // inputs of an element
   static constexpr bool AsStored = sizeof(T) == sizeof(Sum<T>);  // are elements side by side what lies in memory?
 
   // sum + a * b, where b is a vector too, or one element for all lanes
@@ -104,7 +105,8 @@ int lanes_for(int64_t width) {
   return L;
 }
 
-// Rows of the tile for what a tile of M rows leaves over: 12, 6, 4, 2, 1. A single row waits for its own sums.
+// Rows of the tile for what a tile of M rows leaves over: 12, 6, 4, 2, 1, or 8, 4, 2, 1. A single row waits for its own
+// sums.
 constexpr int fewer_rows(int M) { return M == 6 ? 4 : M / 2; }
 
 }  // namespace

@@ -26,7 +26,10 @@ using namespace compsparse;
 // Batch rows of a tile of the product: at least 12 sums in flight keep the multipliers busy. As they come, rows of x
 // are often a multiple of 4 KB apart and compete for one set of 8 lines in the first-level cache: six rows fit beside
 // W.
-constexpr int product_rows_per_tile(int vectors) { return vectors == 1 ? 12 : 6; }
+template <class Target>
+constexpr int product_rows_per_tile(int vectors) {
+  return vectors == 1 ? Target::NarrowRows : 6;
+}
 
 // acc[m][r] += x[m * x_stride + k] * w[k * w_stride + r * L ...], k = 0 .. depth
 template <class Target, int L, int R, int M, typename S>
@@ -118,7 +121,7 @@ void product_rows(const RowTask<T>& t, int64_t n, int64_t panel) {
 template <class Target, int L, int R, typename T>
 void product_panels(const RowTask<T>& t, int64_t panel) {
   for (; panel + (R - 1) * L < t.outputs; panel += R * L)
-    product_rows<Target, L, R, product_rows_per_tile(R)>(t, 0, panel);
+    product_rows<Target, L, R, product_rows_per_tile<Target>(R)>(t, 0, panel);
   if constexpr (R > 1) {
     if (panel < t.outputs) product_panels<Target, L, R - 1>(t, panel);
   }
@@ -143,9 +146,10 @@ __attribute__((noinline)) void epilogue(const RowTask<T>& t, Activation activati
 // fit in a set of the first-level cache, and where what is stored is not elements, or a block would begin amid one.
 template <typename T, class Target>
 bool packs_inputs(const BlockProduct<T>& p) {
-  constexpr int64_t least_batch = 8;
+  constexpr int64_t least_batch = 8, lines_of_a_set = 8;
   if (!Target::AsStored || (p.block_in | p.in_features) % Target::Together != 0) return true;
-  return p.batch >= least_batch && p.in_features > p.block_in && p.block_out <= Target::MaxLanes;
+  const bool many_rows = Target::NarrowRows > lines_of_a_set && p.block_out <= Target::MaxLanes;
+  return many_rows && p.batch >= least_batch && p.in_features > p.block_in;
 }
 
 // Elements across a block of inputs.
@@ -161,7 +165,7 @@ int64_t chunk_rows(const BlockProduct<T>& p) {
   constexpr int64_t last_cache = (int64_t(1) << 24) / sizeof(Sum<T>), large = 24;
   const int64_t entries = p.ptr[ceil_div(p.out_features, p.block_out)];
   if (entries * p.block_out * block_elements<T, Target>(p) > last_cache) return large;
-  return product_rows_per_tile(p.block_out <= Target::MaxLanes ? 1 : 2);
+  return product_rows_per_tile<Target>(p.block_out <= Target::MaxLanes ? 1 : 2);
 }
 
 // Asks for one of `parts` shares of the next chunk's inputs, which lie too far apart for the processor to foresee.
