@@ -371,6 +371,21 @@ def test_nan_and_infinity_pass_through_half_precision(dtype, batch, block_shape)
         torch.testing.assert_close(ours.isinf() * ours.sign(), (exact.isinf() * exact.sign()).to(dtype), equal_nan=True)
 
 
+@pytest.mark.parametrize("batch", [3, 21])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_may_begin_anywhere(dtype, batch):
+    """A view that begins at an odd element is contiguous, but pairs of its numbers lie across words."""
+    layout = make_layout(48, 64, (16, 16))
+    inputs = make_inputs(layout, batch, dtype)
+    shifted = [torch.cat([tensor.new_ones(1), tensor.flatten()])[1:].view(tensor.shape) for tensor in inputs]
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 4 == 2 for tensor in shifted)
+    results = output_and_gradients(ours_linear(layout), inputs[:3], inputs[3], dtype)
+    others = [block_sparse_linear(*shifted[:2], layout, shifted[2])]
+    others.append(block_sparse_linear(shifted[3], shifted[1], layout.T))
+    others.append(sampled_block_matmul(shifted[3], shifted[0], layout))
+    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=False))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_shared_blocks_are_added_up_before_they_are_rounded_to_half_precision(dtype):
     """300 entries of one slot: a running sum in half precision would stop growing at 256 of bfloat16's units."""
