@@ -25,8 +25,10 @@ CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {"scalar": []}
 if X86:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    INSTRUCTION_SETS["avx512"] = INSTRUCTION_SETS["avx2"] + AVX512
+    INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + ["-mavx512bf16"]
 TORCH_FREE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 BIND_FLAGS = [

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from benchmarks.inputs import differentiated, fastest, leaves, mask_of_density, side
 from benchmarks.registry import Case, Entry
 from compsparse_kernels import BlockLayout, block_sparse_linear
+from compsparse_kernels.ops import cpu_isa
 
 OP = "block_sparse_linear"
 SHAPES = ((256, 1024, 1024), (512, 2048, 2048), (1024, 1024, 1024), (256, 4096, 1024))  # batch, in, out
 DENSITIES = (0.5, 0.2, 0.1, 0.05)
 FORWARD_BARS = {4: 0.5, 8: 0.9, 16: 1.0, 32: 1.0, 64: 1.0}  # times 1 / density
 BACKWARD_BLOCKS = (16, 32, 64)
+BFLOAT16_BLOCKS = (16, 32, 64)
+OURS_IN_FLOAT32 = "ours in float32"
 GPU_SHAPES = ((4096, 4096, 4096), (512, 8192, 8192))
 GPU_BLOCKS = (16, 32, 64, 128)
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,6 +35,15 @@ def entries() -> Iterator[Entry]:
     for _, in_features, out_features in (SHAPES[0], SHAPES[1], SHAPES[3]):
         for density in DENSITIES:
             yield _entry("forward", (1, in_features, out_features), 32, density, "dense", {"bars": 0.7 / density})
+    if cpu_isa() == "avx512_bf16":
+        yield from _bfloat16_entries()
+
+
+def _bfloat16_entries() -> Iterator[Entry]:
+    for shape, block, density in product(SHAPES, BFLOAT16_BLOCKS, DENSITIES):
+        for peer, bar in (("dense", 0.8 / density), (OURS_IN_FLOAT32, 2.0)):
+            suites = {"bars": bar}
+            yield _typed_entry("forward", shape, block, density, peer, torch.bfloat16, suites, device="cpu")
 
 
 def cuda_entries() -> Iterator[Entry]:
@@ -41,18 +53,22 @@ def cuda_entries() -> Iterator[Entry]:
         if shape == GPU_SHAPES[0] and block == 64 and dtype == torch.bfloat16:
             suites["quick"] = None
         for direction in ("forward", "forward+backward"):
-            yield _gpu_entry(direction, shape, block, density, "dense", dtype, suites)
+            yield _typed_entry(direction, shape, block, density, "dense", dtype, suites)
         if dtype != torch.float32:
             for peer in ("F.linear(x, BSR)", "bsr_dense_addmm"):
-                yield _gpu_entry("forward", shape, block, density, peer, dtype, suites)
+                yield _typed_entry("forward", shape, block, density, peer, dtype, suites)
 
 
-def _gpu_entry(direction, shape, block, density, peer, dtype, suites) -> Entry:
-    make = partial(_gpu_backward_case if direction == "forward+backward" else _gpu_forward_case, *shape, block, density)
+def _typed_entry(direction, shape, block, density, peer, dtype, suites, device="cuda") -> Entry:
+    make = partial(
+        _typed_backward_case if direction == "forward+backward" else _typed_forward_case, *shape, block, density
+    )
     batch, in_features, out_features = shape
     name = str(dtype).removeprefix("torch.")
     text = f"({batch}, {in_features}->{out_features}) {name}"
-    return Entry(OP, f"block {block}", text, density, direction, peer, partial(make, peer, dtype), suites, dtype=name)
+    return Entry(
+        OP, f"block {block}", text, density, direction, peer, partial(make, peer, dtype, device), suites, dtype=name
+    )
 
 
 def _against_dense(shape: tuple, density: float) -> Iterator[Entry]:
@@ -75,13 +91,13 @@ def _entry(direction: str, shape: tuple, block: int, density: float, peer: str, 
     )
 
 
-def _gpu_inputs(batch, in_features, out_features, block, density, dtype, device):
+def _typed_inputs(batch, in_features, out_features, block, density, dtype, device):
     layout, *tensors = _inputs(batch, in_features, out_features, block, density)
     return layout.to(device), *(tensor.to(device, dtype) for tensor in tensors)
 
 
-def _gpu_forward_case(batch, in_features, out_features, block, density, peer, dtype, device="cuda") -> Case:
-    layout, x, values, bias = _gpu_inputs(batch, in_features, out_features, block, density, dtype, device)
+def _typed_forward_case(batch, in_features, out_features, block, density, peer, dtype, device) -> Case:
+    layout, x, values, bias = _typed_inputs(batch, in_features, out_features, block, density, dtype, device)
     weight = layout.unpack(values)
     dense = [F.linear(x, weight, bias)]
     exact = [F.linear(x.double(), weight.double(), bias.double())]
@@ -91,14 +107,17 @@ def _gpu_forward_case(batch, in_features, out_features, block, density, peer, dt
 
         bsr, columns, offset = layout.to_bsr(values), x.T.contiguous(), bias[:, None].expand(-1, batch).contiguous()
         theirs = side(lambda: bsr_dense_addmm(offset, bsr, columns), exact, dense, lambda y: [y.T])
+    elif peer == OURS_IN_FLOAT32:
+        wide = [tensor.float() for tensor in (x, values, bias)]
+        theirs = side(lambda: block_sparse_linear(*wide[:2], layout, wide[2]), exact, dense)
     else:
         other = layout.to_bsr(values) if peer == "F.linear(x, BSR)" else weight
         theirs = side(lambda: F.linear(x, other, bias), exact, dense)
     return Case(ours, theirs, device=device)
 
 
-def _gpu_backward_case(batch, in_features, out_features, block, density, peer, dtype, device="cuda") -> Case:
-    layout, x, values, bias = _gpu_inputs(batch, in_features, out_features, block, density, dtype, device)
+def _typed_backward_case(batch, in_features, out_features, block, density, peer, dtype, device) -> Case:
+    layout, x, values, bias = _typed_inputs(batch, in_features, out_features, block, density, dtype, device)
     grad = torch.randn(batch, out_features, device=device, dtype=dtype)
     return _both_directions(layout, x, values, bias, grad)
 

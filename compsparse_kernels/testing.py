@@ -30,14 +30,15 @@ from pathlib import Path
 import torch
 
 from compsparse_kernels.ops import cpu_isa
+from compsparse_kernels.ops.backends import CPU_CAPS
 
 DTYPES = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 THREADS = (1, 2, 3)
 MEMORY_FORMS = ("contiguous", "transposed", "strided", "expanded")
 
-_KNOWN_ISAS = ("scalar", "avx2", "avx512")
 # Instruction sets whose kernels this processor can run; empty where no compiled kernels are there.
-ISAS = _KNOWN_ISAS[: _KNOWN_ISAS.index(cpu_isa()) + 1] if cpu_isa() else ()
+ISAS = CPU_CAPS[: CPU_CAPS.index(cpu_isa()) + 1] if cpu_isa() else ()
 
 
 def random_tensor(

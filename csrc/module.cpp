@@ -10,7 +10,8 @@ namespace {
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(compsparse::kernels().isa); }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the instruction set whose kernels run: scalar, avx2 or avx512."},
+    {"cpu_isa", cpu_isa, METH_NOARGS,
+     "Name of the instruction set whose kernels run: scalar, avx2, avx512 or avx512_bf16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -63,10 +63,10 @@ def test_rows_of_a_gpu_have_names_of_their_own_and_compute_the_same():
     assert len({entry.name for entry in entries}) == len(entries)
     small = (64, 96, 64, 32, 0.5)
     for peer in ("dense", "F.linear(x, BSR)"):
-        case = block_sparse_linear._gpu_forward_case(*small, peer, torch.float32, device="cpu")
+        case = block_sparse_linear._typed_forward_case(*small, peer, torch.float32, device="cpu")
         case.ours.check(case.ours.run())
         case.peer.check(case.peer.run())
-    case = block_sparse_linear._gpu_backward_case(*small, "dense", torch.float32, device="cpu")
+    case = block_sparse_linear._typed_backward_case(*small, "dense", torch.float32, device="cpu")
     case.ours.check(case.ours.run())
     case.peer.check(case.peer.run())
 

@@ -11,6 +11,7 @@ from compsparse_kernels import BlockLayout, block_sparse_linear, sampled_block_m
 from compsparse_kernels.ops import cpu_isa
 from compsparse_kernels.testing import (
     DTYPES,
+    HALVES,
     ISAS,
     MEMORY_FORMS,
     THREADS,
@@ -21,6 +22,7 @@ from compsparse_kernels.testing import (
     run_in_subprocess,
 )
 
+ALL_DTYPES = DTYPES + HALVES
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -66,7 +68,7 @@ def output_and_gradients(function, inputs, grad, dtype):
 def assert_all_within_budget(ours, dense, magnitude, inputs, grad, names):
     """Output and every gradient of ``ours``, in the dtype of the inputs, against ``dense``."""
     results = output_and_gradients(ours, inputs, grad, grad.dtype)
-    peers = output_and_gradients(dense, inputs, grad, torch.float32)
+    peers = output_and_gradients(dense, inputs, grad, torch.float32 if grad.dtype == torch.float64 else grad.dtype)
     exact = output_and_gradients(dense, inputs, grad, torch.float64)
     sizes = output_and_gradients(magnitude, [tensor.abs() for tensor in inputs], grad.abs(), torch.float64)
     for name, result, *others in zip(names, results, peers, exact, sizes, strict=True):
@@ -105,7 +107,7 @@ SQUARE = [(b, b) for b in (1, 2, 3, 4, 7, 8, 16, 24, 32, 48, 64, 127, 128)]
 RECTANGULAR = [(8, 32), (32, 8), (16, 4), (1, 128), (128, 1), (12, 20), (64, 48)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("block_shape", SQUARE + RECTANGULAR, ids=str)
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
 def test_blocks(block_shape, ragged, dtype):
@@ -118,9 +120,9 @@ def test_blocks(block_shape, ragged, dtype):
     assert_sampled_right(layout, grad, x, values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("batch", [0, 1, 2, 37])
+@pytest.mark.parametrize("batch", [0, 1, 2, 7, 8, 37])
 def test_activations_and_batches(batch, activation, dtype):
     layout = make_layout(61, 90, (16, 8))
     if batch:
@@ -169,7 +171,7 @@ def test_leading_dimensions(lead):
     cut=st.tuples(st.integers(0, 39), st.integers(0, 39)),
     batch=st.integers(1, 20),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(ALL_DTYPES),
     activation=st.sampled_from(list(ACTIVATIONS)),
     transposed=st.booleans(),
     memory=st.sampled_from([form for form in MEMORY_FORMS if form != "expanded"]),
@@ -187,7 +189,7 @@ def test_any_shape(grid, block_shape, cut, batch, density, dtype, activation, tr
 # ---- memory
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("memory", MEMORY_FORMS)
 def test_memory_of_inputs_and_gradients(memory, dtype):
     layout = make_layout(40, 48, (8, 16))
@@ -248,7 +250,7 @@ def test_values_past_2_to_the_31_elements(transposed):
 # ---- patterns
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_empty_rows_and_columns_of_blocks(dtype):
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[1, 2] = mask[1, 4] = mask[3, 2] = True
@@ -273,7 +275,7 @@ def test_no_blocks_at_all(activation):
 PERMUTED = [3, 1, 0, 2]  # as many slots as entries, in another order
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("slot", [[0, 0, 0, 0], [1, 0, 1, 0], [2, 0, 1, 2], PERMUTED], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_slots(slot, transposed, dtype):
@@ -311,6 +313,87 @@ def test_what_no_block_reads_is_skipped():
     assert dense_linear(layout)(x, values, bias).isnan().all()
 
 
+# ---- half precision
+
+
+def finite_numbers(dtype):
+    """Every finite number of a half precision dtype, ``[512, 128]``."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(512, 128)
+    return numbers.where(numbers.isfinite(), 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("block", [4, 8, 32])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_is_rounded_once(dtype, block, transposed):
+    """A product of two halves is exact in float32, so what comes out is that, rounded: ties, overflow, subnormals."""
+    layout = BlockLayout.from_mask(torch.eye(128 // block, dtype=torch.bool), (block, block))
+    layout = layout.T if transposed else layout
+    scale = random_tensor(128, dtype=dtype) * 2
+    values = layout.pack(torch.diag(scale))
+    for x in (finite_numbers(dtype), finite_numbers(dtype)[7::79]):  # many rows, and few
+        exact = x.float() * scale.float()
+        ours, expected = block_sparse_linear(x, values, layout), exact.to(dtype)
+        same = ours == expected
+        if cpu_isa() == "avx512_bf16" and dtype == torch.bfloat16:  # its instruction takes subnormal numbers as 0
+            tiny = torch.finfo(dtype).tiny
+            same |= (ours == 0) & ((x.abs() < tiny) | (expected.abs() <= tiny))
+        assert same.all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_fused_activation_is_that_of_the_sums_in_half_precision(dtype, activation):
+    """Not of the rounded output: so the error is half a unit of the result, and a little of float32."""
+    layout = make_layout(61, 90, (16, 8))
+    for batch in (3, 37):
+        x, values, bias, _ = make_inputs(layout, batch, dtype)
+        ours = block_sparse_linear(x, values, layout, bias, activation).double()
+        exact = dense_linear(layout, activation)(x.double(), values.double(), bias.double())
+        half_a_unit = exact.abs() * torch.finfo(dtype).eps / 2
+        assert bool(((ours - exact).abs() <= half_a_unit + 1e-5).all())
+
+
+@pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (3, 5), (7, 12), (32, 20)], ids=str)
+@pytest.mark.parametrize("batch", [3, 21])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nan_and_infinity_pass_through_half_precision(dtype, batch, block_shape):
+    """They reach what dense torch lets them reach, and nothing else: not over the edge of an odd block or batch."""
+    layout = BlockLayout.from_mask(torch.ones(3, 3, dtype=torch.bool), block_shape, 3 * block_shape[1] - 1)
+    x, values, bias, grad = make_inputs(layout, batch, dtype)
+    x[0, 0], x[1, -1] = float("nan"), float("inf")
+    grad[-1, -1] = float("inf")
+    results = output_and_gradients(ours_linear(layout), (x, values, bias), grad, dtype)
+    expected = output_and_gradients(dense_linear(layout), (x, values, bias), grad, torch.float64)
+    for ours, exact in zip(results, expected, strict=True):
+        assert not exact.isfinite().all()
+        torch.testing.assert_close(ours.isnan(), exact.isnan())
+        torch.testing.assert_close(ours.isinf() * ours.sign(), (exact.isinf() * exact.sign()).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("batch", [3, 21])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_may_begin_anywhere(dtype, batch):
+    """A view that begins at an odd element is contiguous, but pairs of its numbers lie across words."""
+    layout = make_layout(48, 64, (16, 16))
+    inputs = make_inputs(layout, batch, dtype)
+    shifted = [torch.cat([tensor.new_ones(1), tensor.flatten()])[1:].view(tensor.shape) for tensor in inputs]
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 4 == 2 for tensor in shifted)
+    results = output_and_gradients(ours_linear(layout), inputs[:3], inputs[3], dtype)
+    others = [block_sparse_linear(*shifted[:2], layout, shifted[2])]
+    others.append(block_sparse_linear(shifted[3], shifted[1], layout.T))
+    others.append(sampled_block_matmul(shifted[3], shifted[0], layout))
+    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=False))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_shared_blocks_are_added_up_before_they_are_rounded_to_half_precision(dtype):
+    """300 entries of one slot: a running sum in half precision would stop growing at 256 of bfloat16's units."""
+    layout = BlockLayout.from_entries(*[torch.arange(300)] * 2, (2, 2), 600, 600, slot=torch.zeros(300).long())
+    ones = torch.ones(1, 600, dtype=dtype)
+    assert torch.equal(sampled_block_matmul(ones, ones, layout), torch.full((1, 2, 2), 300.0).to(dtype))
+
+
 # ---- convolutions are layouts with shared slots
 
 
@@ -334,7 +417,7 @@ def convolution_layout(size, kernel, channels, stride, padding, dilation):
     return BlockLayout.from_entries(rows, columns, channels[::-1], *features, slot=slot), out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "size, kernel, stride, padding, dilation",
     [
@@ -374,7 +457,7 @@ def test_a_convolution_is_a_layout(size, kernel, stride, padding, dilation, dtyp
 # ---- threads and instruction sets
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "out_features, in_features, block_shape, batch",
     [(250, 256, (16, 16), 61), (32, 512, (32, 32), 130), (200, 130, (7, 12), 50), (512, 512, (64, 64), 3)],
@@ -419,7 +502,7 @@ def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, dtype):
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
     """The tests of this file that depend on it, in a process whose kernels are capped to a narrower instruction set."""
-    tests = "blocks or activations or memory or slots or ragged or any_shape or threads"
+    tests = "blocks or activations or memory or slots or ragged or any_shape or threads or half"
     code = f"""
 import sys
 import pytest

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   python -m compsparse_kernels check --op masked_linear    one of them
   python -m compsparse_kernels check --json check.json     the result for a bug report
   COMPSPARSE_CPU=scalar python -m compsparse_kernels check the kernels of another instruction set
-  python -m compsparse_kernels check --device cuda --json check.json   the same on a GPU, half precision too
+  python -m compsparse_kernels check --device cuda --json check.json   the same on a GPU
 
 The error of an op may be twice that of dense torch in the same dtype on the same input, plus one rounding; `budget`
 shows the largest share of it that was used, so 100 % and less is right. Results with 1, 2 and 3 threads must be equal
@@ -32,8 +32,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "check",
         help="does every op compute right on this machine? (under a minute)",
-        description="Compares the output and every gradient of each op with its float64 reference, in float32 and"
-        " float64, on regular and ragged shapes, and with 1, 2 and 3 threads. Exit code 1 if anything is wrong.",
+        description="Compares the output and every gradient of each op with its float64 reference, in each dtype"
+        " it takes, on regular and ragged shapes, and with 1, 2 and 3 threads. Exit code 1 if anything is wrong.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,7 +14,8 @@ EXAMPLES = f"""examples:
   python -m compsparse_kernels info --json -              the same for a program, or for a bug report
   {CAP}=avx2 python -m compsparse_kernels info   what runs when the instruction set is capped
 
-{CAP} (scalar, avx2 or avx512) caps the instruction set that the kernels use; it is read once, at import."""
+{CAP} (scalar, avx2, avx512 or avx512_bf16) caps the instruction set that the kernels use; it is read once,
+at import."""
 
 
 def add_parser(subparsers) -> None:

@@ -24,7 +24,7 @@ class SparseDAGLinear(SparseLinear):
             means 1 x 1 blocks; :class:`MaskedLinear` serves such patterns faster.)
         bias: with a bias, or without.
         activation: None, ``"relu"``, ``"gelu"`` or ``"silu"``, computed with the product.
-        device, dtype: of the parameters; on the CPU computing needs float32 or float64, or autocast.
+        device, dtype: of the parameters.
 
     Parameters are ``values [num_slots, block_out, block_in]`` and ``bias [out_features]``, drawn from
     U(-1/sqrt(n), 1/sqrt(n)), where n is the number of inputs that an output has in the graph; with shared blocks, the

@@ -37,17 +37,24 @@ _CPU_OPS = (
     "threshold_attention",
     "dag_network",
 )
-# Of each backend with kernels: its ops, the device and the dtypes it runs on, and why it is missing here, or None.
-_KERNELS = {
-    "cpu": (_CPU_OPS, "cpu", (torch.float32, torch.float64), _no_cpu_kernels),
-    "triton": (_CPU_OPS[:2], "cuda", (torch.float32, torch.float16, torch.bfloat16), _no_triton),
-    "cuda": (_CPU_OPS[2:4], "cuda", (torch.float32, torch.float64, torch.float16, torch.bfloat16), _no_cuda_kernels),
-}
 _ANYWHERE = (torch.float32, torch.float64)
-_DTYPES = {
-    (device, op): tuple(dict.fromkeys(_ANYWHERE + dtypes)) for ops, device, dtypes, _ in _KERNELS.values() for op in ops
+_HALVES = (torch.float16, torch.bfloat16)
+# Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
+_KERNELS = {
+    "cpu": (
+        "cpu",
+        dict.fromkeys(_CPU_OPS[:2], _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
+        _no_cpu_kernels,
+    ),
+    "triton": ("cuda", dict.fromkeys(_CPU_OPS[:2], (torch.float32, *_HALVES)), _no_triton),
+    "cuda": ("cuda", dict.fromkeys(_CPU_OPS[2:4], _ANYWHERE + _HALVES), _no_cuda_kernels),
 }
-CPU_CAPS = ("scalar", "avx2", "avx512")
+_DTYPES = {
+    (device, op): tuple(dict.fromkeys(_ANYWHERE + dtypes))
+    for device, ops, _ in _KERNELS.values()
+    for op, dtypes in ops.items()
+}
+CPU_CAPS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 _cap = os.environ.get("COMPSPARSE_CPU")
@@ -71,7 +78,7 @@ def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
     """The reason why a backend can't run an op on these tensors, or None if it can."""
     if backend == "reference":
         return next((reason for tensor in tensors if (reason := _no_reference(op, tensor))), None)
-    ops, device, dtypes, missing = _KERNELS[backend]
+    device, ops, missing = _KERNELS[backend]
     if op not in ops:
         return "has no kernel of this op"
     if missing is not None:
@@ -79,7 +86,7 @@ def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != device:
             return f"tensors are on {tensor.device.type}"
-        if reason := _unfit(tensor, dtypes):
+        if reason := _unfit(tensor, ops[op]):
             return reason
     if not tensors and device == "cuda" and not torch.cuda.is_available():
         return "there is no GPU here"
@@ -125,7 +132,7 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     Example:
         >>> import torch
         >>> from compsparse_kernels import explain
-        >>> explain("block_sparse_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
+        >>> explain("masked_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
         'dtype float16 (has float32, float64)'
     """
     from compsparse_kernels.ops import OPS

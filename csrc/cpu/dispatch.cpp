@@ -12,7 +12,16 @@ constexpr Kernels scalar = {"scalar", &block_sparse_scalar, &masked_scalar, &dag
 constexpr Kernels avx2 = {"avx2", &block_sparse_avx2, &masked_avx2, &dag_avx2, &attention_avx2};
 constexpr Kernels avx512 = {"avx512", &block_sparse_avx512, &masked_avx512, &dag_avx512, &attention_avx512};
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// avx512 but for products of bfloat16.
+Kernels avx512_bf16() {
+  static const BlockSparseTable table = {block_sparse_avx512.f32, block_sparse_avx512.f64, block_sparse_avx512_bf16,
+                                         block_sparse_avx512.f16};
+  return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention_avx512};
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -22,12 +31,14 @@ bool has_avx512() {
 Kernels choose() {
 #if defined(COMPSPARSE_X86)
   const char* cap = std::getenv("COMPSPARSE_CPU");
-  const bool scalar_only = cap && !std::strcmp(cap, "scalar");
-  const bool at_most_avx2 = cap && !std::strcmp(cap, "avx2");
-  if (!scalar_only && !at_most_avx2 && has_avx512()) return avx512;
-  if (!scalar_only && has_avx2()) return avx2;
-#endif
+  const auto capped_to = [&](const char* isa) { return cap && !std::strcmp(cap, isa); };
+  if (capped_to("scalar") || !has_avx2()) return scalar;
+  if (capped_to("avx2") || !has_avx512()) return avx2;
+  if (capped_to("avx512") || !__builtin_cpu_supports("avx512bf16")) return avx512;
+  return avx512_bf16();
+#else
   return scalar;
+#endif
 }
 
 }  // namespace

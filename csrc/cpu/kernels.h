@@ -1,6 +1,6 @@
 // The boundary between torch and arithmetic: plain structs and tables of function pointers.
 //
-// bind.cpp files unpack tensors into these structs; kernel files (scalar.cpp, avx2.cpp, avx512.cpp) fill the tables.
+// bind.cpp files unpack tensors into these structs; kernel files (scalar.cpp, avx2.cpp, avx512*.cpp) fill the tables.
 // Kernel files include this header and csrc/cpu/simd.h only: no torch, no STL, nothing with external linkage but the
 // one table they define. All sizes are in elements, all index arithmetic is int64.
 #pragma once
@@ -15,6 +15,34 @@ struct Range {
   int64_t begin;
   int64_t end;
 };
+
+// Half precision, by its bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// What numbers of a type are summed in.
+template <typename T>
+struct SumOf {
+  using type = T;
+};
+
+template <>
+struct SumOf<BFloat16> {
+  using type = float;
+};
+
+template <>
+struct SumOf<Float16> {
+  using type = float;
+};
+
+template <typename T>
+using Sum = typename SumOf<T>::type;
 
 // block_sparse_linear
 
@@ -38,13 +66,14 @@ struct BlockProduct {
   Activation activation;
 };
 
-// For each entry p of block row r: blocks[slot[p]] = a[:, rows of r]^T b[:, columns of idx[p]], or blocks[p] where slot
-// is null.
+// For each entry p of block row r: blocks[slot[p]] = a[:, rows of r]^T b[:, columns of idx[p]]; or, where `sums` is not
+// null, sums[p] is that, not yet rounded.
 template <typename T>
 struct SampledBlocks {
-  const T* a;         // [batch, out_features]
-  const T* b_panels;  // [block columns, batch, panel_width(block_in)], packed by `pack_panels`
-  T* blocks;          // [num_entries, block_out * block_in]
+  const T* a;              // [batch, out_features]
+  const Sum<T>* b_panels;  // [block columns, panel_size(batch, block_in)], packed by `pack_panels`
+  T* blocks;               // [num_entries, block_out * block_in]
+  Sum<T>* sums;            // the same, or null
   const int32_t* slot;
   const int64_t* ptr;
   const int32_t* idx;
@@ -55,28 +84,32 @@ struct SampledBlocks {
   int64_t block_in;
 };
 
+// Packed operands are elements of the size of a sum: one input, widened, or two of half that size.
 template <typename T>
 struct BlockSparseKernels {
   // Weights as the product reads them: `packed_entry_size` elements an entry, or 0 where it reads them as stored.
   int64_t (*packed_entry_size)(const BlockProduct<T>&);
-  void (*pack_weights)(const BlockProduct<T>&, Range entries, T* packed);
+  void (*pack_weights)(const BlockProduct<T>&, Range entries, Sum<T>* packed);
   // One call computes y[batch, rows]; its scratch has `product_scratch` elements.
   int64_t (*product_scratch)(const BlockProduct<T>&);
-  void (*product)(const BlockProduct<T>&, const T* packed, Range rows, Range batch, T* scratch);
-  // Columns of blocks of b, one after another: [block columns, batch, panel_width(block_in)], zero-padded.
-  int64_t (*panel_width)(int64_t block_in);
-  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, int64_t width, Range batch_rows,
-                      T* panels);
+  void (*product)(const BlockProduct<T>&, const Sum<T>* packed, Range rows, Range batch, Sum<T>* scratch);
+  // Columns of blocks of b, one after another, each of `panel_size` elements, zero-padded.
+  int64_t (*panel_size)(int64_t batch, int64_t block_in);
+  void (*pack_panels)(const T* b, int64_t batch, int64_t in_features, int64_t block_in, Range batch_rows,
+                      Sum<T>* panels);
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
-  void (*sampled)(const SampledBlocks<T>&, Range rows, T* scratch);
+  void (*sampled)(const SampledBlocks<T>&, Range rows, Sum<T>* scratch);
 };
 
 struct BlockSparseTable {
   BlockSparseKernels<float> f32;
   BlockSparseKernels<double> f64;
+  BlockSparseKernels<BFloat16> bf16;
+  BlockSparseKernels<Float16> f16;
 };
 
 extern const BlockSparseTable block_sparse_scalar, block_sparse_avx2, block_sparse_avx512;
+extern const BlockSparseKernels<BFloat16> block_sparse_avx512_bf16;
 
 // masked_linear
 
@@ -267,7 +300,7 @@ struct AttentionTable {
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
-// Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512.
+// Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512|avx512_bf16.
 struct Kernels {
   const char* isa;
   const BlockSparseTable* block_sparse;

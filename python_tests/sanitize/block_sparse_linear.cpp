@@ -5,6 +5,7 @@ namespace {
 
 using namespace compsparse;
 using sanitize::Buffer;
+using sanitize::Number;
 using sanitize::Pattern;
 
 struct Shape {
@@ -45,12 +46,12 @@ std::vector<double> exact_product(const BlockProduct<T>& p) {
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t o = 0; o < p.out_features; ++o) {
       const int64_t row = o / p.block_out, i = o % p.block_out;
-      double sum = p.bias ? p.bias[o] : 0;
+      double sum = p.bias ? Number<T>::value(p.bias[o]) : 0;
       for (int64_t e = p.ptr[row]; e < p.ptr[row + 1]; ++e) {
         const T* block = p.values + p.slot[e] * p.block_out * p.block_in;
         for (int64_t k = 0; k < p.block_in && p.idx[e] * p.block_in + k < p.in_features; ++k)
-          sum += double(block[p.transposed ? k * p.block_out + i : i * p.block_in + k]) *
-                 p.x[n * p.in_features + p.idx[e] * p.block_in + k];
+          sum += Number<T>::value(block[p.transposed ? k * p.block_out + i : i * p.block_in + k]) *
+                 Number<T>::value(p.x[n * p.in_features + p.idx[e] * p.block_in + k]);
       }
       y[n * p.out_features + o] = activated(sum, p.activation);
     }
@@ -61,24 +62,23 @@ std::vector<double> exact_product(const BlockProduct<T>& p) {
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
   const int64_t entries = p.ptr[rows];
-  const auto packed = Buffer<T>::unwritten(entries * kernel.packed_entry_size(p));
+  const auto packed = Buffer<Sum<T>>::unwritten(entries * kernel.packed_entry_size(p));
   for (int64_t part = 0; part < 2 && packed.size(); ++part)
     kernel.pack_weights(p, {entries * part / 2, entries * (part + 1) / 2}, packed.data());
   for (int64_t part = 0; part < 4; ++part) {
     const Range mine = {rows * (part % 2) / 2, rows * (part % 2 + 1) / 2};
     const Range batch = {p.batch * (part / 2) / 2, p.batch * (part / 2 + 1) / 2};
-    const auto scratch = Buffer<T>::unwritten(kernel.product_scratch(p));
+    const auto scratch = Buffer<Sum<T>>::unwritten(kernel.product_scratch(p));
     kernel.product(p, packed.data(), mine, batch, scratch.data());
   }
 }
 
 template <typename T>
-Buffer<T> panels_of(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s) {
-  const int64_t width = kernel.panel_width(s.block_in);
-  auto panels = Buffer<T>::unwritten(s.columns() * s.batch * width);
+Buffer<Sum<T>> panels_of(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s) {
+  auto panels = Buffer<Sum<T>>::unwritten(s.columns() * kernel.panel_size(s.batch, s.block_in));
   for (int64_t part = 0; part < 2; ++part)
-    kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, width,
-                       {s.batch * part / 2, s.batch * (part + 1) / 2}, panels.data());
+    kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, {s.batch * part / 2, s.batch * (part + 1) / 2},
+                       panels.data());
   return panels;
 }
 
@@ -116,19 +116,23 @@ void check_product(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   }
 }
 
+// Blocks at their slots, rounded; or where `sums` is not null sums in the order of the entries.
 template <typename T>
-void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pattern& pattern,
+void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pattern& pattern, bool as_sums,
                    std::mt19937& generator) {
   const int64_t size = s.block_out * s.block_in;
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto panels = panels_of(kernel, b, s);
   const auto slot = slots_of(pattern.entries(), pattern.entries());
-  const auto blocks = Buffer<T>::unwritten(pattern.entries() * size);
+  const auto blocks = Buffer<T>::unwritten(as_sums ? 0 : pattern.entries() * size);
+  const auto sums = Buffer<Sum<T>>::unwritten(as_sums ? pattern.entries() * size : 0);
+  const auto at = [&](int64_t e) { return as_sums ? e : int64_t(slot[e]); };
   const SampledBlocks<T> sampled = {
       .a = a.data(),
       .b_panels = panels.data(),
       .blocks = blocks.data(),
+      .sums = as_sums ? sums.data() : nullptr,
       .slot = slot.data(),
       .ptr = pattern.ptr.data(),
       .idx = pattern.idx.data(),
@@ -139,19 +143,21 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
       .block_in = s.block_in,
   };
   for (int64_t part = 0; part < 2; ++part) {
-    const auto scratch = Buffer<T>::unwritten(kernel.sampled_scratch(sampled));
+    const auto scratch = Buffer<Sum<T>>::unwritten(kernel.sampled_scratch(sampled));
     kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
   }
-  std::vector<double> exact(blocks.size());
+  std::vector<double> exact(pattern.entries() * size);
   for (int64_t row = 0; row < s.rows(); ++row)
     for (int64_t e = pattern.ptr[row]; e < pattern.ptr[row + 1]; ++e)
       for (int64_t i = 0; i < size; ++i) {
         const int64_t o = row * s.block_out + i / s.block_in, k = pattern.idx[e] * s.block_in + i % s.block_in;
         if (o >= s.out_features || k >= s.in_features) continue;
         for (int64_t n = 0; n < s.batch; ++n)
-          exact[slot[e] * size + i] += double(a[n * s.out_features + o]) * b[n * s.in_features + k];
+          exact[at(e) * size + i] +=
+              Number<T>::value(a[n * s.out_features + o]) * Number<T>::value(b[n * s.in_features + k]);
       }
   sanitize::expect_equal(blocks.data(), exact.data(), blocks.size(), "sampled " + s.name());
+  sanitize::expect_equal(sums.data(), exact.data(), sums.size(), "sums of sampled " + s.name());
 }
 
 template <typename T>
@@ -160,7 +166,8 @@ void check_kernels(const BlockSparseKernels<T>& kernel) {
   for (const Shape& s : shapes) {
     const Pattern pattern = sanitize::random_pattern(s.rows(), s.columns(), s.density, generator);
     check_product(kernel, s, pattern, generator);
-    check_sampled(kernel, s, pattern, generator);
+    check_sampled(kernel, s, pattern, false, generator);
+    check_sampled(kernel, s, pattern, true, generator);
   }
 }
 
@@ -168,6 +175,8 @@ std::function<void()> check(const BlockSparseTable& table) {
   return [&table] {
     check_kernels(table.f32);
     check_kernels(table.f64);
+    check_kernels(table.bf16);
+    check_kernels(table.f16);
   };
 }
 
@@ -175,6 +184,8 @@ RUN_UNDER_SANITIZERS(block_sparse_linear, scalar, true, check(block_sparse_scala
 #if defined(__x86_64__)
 RUN_UNDER_SANITIZERS(block_sparse_linear, avx2, sanitize::has_avx2(), check(block_sparse_avx2));
 RUN_UNDER_SANITIZERS(block_sparse_linear, avx512, sanitize::has_avx512(), check(block_sparse_avx512));
+RUN_UNDER_SANITIZERS(block_sparse_linear, avx512_bf16, __builtin_cpu_supports("avx512bf16"),
+                     [] { check_kernels(block_sparse_avx512_bf16); });
 #endif
 
 }  // namespace

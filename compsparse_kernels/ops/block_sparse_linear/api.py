@@ -36,7 +36,8 @@ def block_sparse_linear(
     It equals ``F.linear(x, layout.unpack(values), bias)`` followed by the activation, and costs only the blocks.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16.
+        x: ``[..., in_features]``, float32, float64, float16 or bfloat16; half precision is summed in float32 and
+            rounded once.
         values: the blocks, ``[num_slots, block_out, block_in]`` (see :meth:`BlockLayout.pack`), dtype of ``x``.
         layout: which blocks the weight has.
         bias: ``[out_features]`` or None.
@@ -48,7 +49,7 @@ def block_sparse_linear(
         ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
         the same layout (:func:`sampled_block_matmul` for ``values``).
 
-    Under autocast the output has autocast's dtype, as with ``nn.Linear``; on the CPU it is computed in float32.
+    Under autocast it computes in autocast's dtype, as ``nn.Linear`` does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <string>
@@ -17,19 +19,28 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class Run>
+void for_dtype(ScalarType dtype, const Run& run) {
+  const BlockSparseTable& table = *kernels().block_sparse;
+  if (dtype == ScalarType::Double) return run(table.f64);
+  if (dtype == ScalarType::BFloat16) return run(table.bf16);
+  if (dtype == ScalarType::Half) return run(table.f16);
+  run(table.f32);
+}
+
 // The batch is split first: its parts share nothing but the packed weights. Rows are split where the batch is short.
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
   constexpr int64_t least_batch = 48;
   const int64_t entries = p.ptr[rows];
   const int64_t parts = parts_for(p.batch * (entries * p.block_in * p.block_out + p.out_features));
-  const auto packed = make_scratch<T>(entries * kernel.packed_entry_size(p));
+  const auto packed = make_scratch<Sum<T>>(entries * kernel.packed_entry_size(p));
   if (kernel.packed_entry_size(p))
     for_each_part(parts,
                   [&](int64_t part) { kernel.pack_weights(p, equal_share(entries, part, parts), packed.get()); });
   const int64_t batch_parts = std::clamp<int64_t>(p.batch / least_batch, 1, parts), row_parts = parts / batch_parts;
   for_each_part(batch_parts * row_parts, [&](int64_t part) {
-    const auto scratch = make_scratch<T>(kernel.product_scratch(p));
+    const auto scratch = make_scratch<Sum<T>>(kernel.product_scratch(p));
     kernel.product(p, packed.get(), balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts),
                    equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
   });
@@ -61,23 +72,31 @@ Tensor block_sparse_linear(const Tensor& x, const Tensor& values, const std::opt
     };
     run_product(kernel, p, ptr.size(0) - 1);
   };
-  const BlockSparseTable& table = *kernels().block_sparse;
-  x.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  for_dtype(x.scalar_type(), run);
   return y;
 }
 
-// A slot shared by several entries gets their sum, in the order of the entries.
+// Rounded to nearest even, as torch does it.
+void round_sum(double sum, double* to) { *to = sum; }
+void round_sum(float sum, float* to) { *to = sum; }
+void round_sum(float sum, BFloat16* to) { to->bits = torch::headeronly::BFloat16(sum).x; }
+void round_sum(float sum, Float16* to) { to->bits = torch::headeronly::Half(sum).x; }
+
+// A slot shared by several entries gets their sum, in the order of the entries, rounded once.
 template <typename T>
-void reduce_entries(const T* entries, const int32_t* slot, int64_t num_entries, int64_t num_slots, int64_t size,
+void reduce_entries(const Sum<T>* entries, const int32_t* slot, int64_t num_entries, int64_t num_slots, int64_t size,
                     T* values) {
-  std::fill(values, values + num_slots * size, T(0));
   const int64_t parts = parts_for(num_entries * size);
   for_each_part(parts, [&](int64_t part) {
     const Range mine = equal_share(num_slots, part, parts);
+    const int64_t first = mine.begin * size, count = (mine.end - mine.begin) * size;
+    const auto sums = make_scratch<Sum<T>>(count);
+    std::fill(sums.get(), sums.get() + count, Sum<T>(0));
     for (int64_t e = 0; e < num_entries; ++e) {
       if (slot[e] < mine.begin || slot[e] >= mine.end) continue;
-      for (int64_t i = 0; i < size; ++i) values[slot[e] * size + i] += entries[e * size + i];
+      for (int64_t i = 0; i < size; ++i) sums[slot[e] * size - first + i] += entries[e * size + i];
     }
+    for (int64_t i = 0; i < count; ++i) round_sum(sums[i], &values[first + i]);
   });
 }
 
@@ -85,16 +104,16 @@ template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
-  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in, width = kernel.panel_width(s.block_in);
-  const auto panels = make_scratch<T>(columns * s.batch * width);
+  const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in;
+  const auto panels = make_scratch<Sum<T>>(columns * kernel.panel_size(s.batch, s.block_in));
   s.b_panels = panels.get();
   for_each_part(parts, [&](int64_t part) {
-    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, width, equal_share(s.batch, part, parts), panels.get());
+    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, equal_share(s.batch, part, parts), panels.get());
   });
   for_each_entry_share(s.ptr, rows, parts, [&](const int64_t* ptr, Range some_rows) {
     SampledBlocks<T> share = s;
     share.ptr = ptr;
-    const auto scratch = make_scratch<T>(kernel.sampled_scratch(share));
+    const auto scratch = make_scratch<Sum<T>>(kernel.sampled_scratch(share));
     kernel.sampled(share, some_rows, scratch.get());
   });
 }
@@ -104,13 +123,17 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
   Tensor values = new_tensor(a, {num_slots, block_out, block_in});
   const int64_t num_entries = idx.size(0);
-  Tensor entries = shared ? new_tensor(a, {num_entries, block_out, block_in}) : values;
   const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
+    const int64_t size = block_out * block_in;
+    T* blocks = static_cast<T*>(values.data_ptr());
+    const int32_t* slots = static_cast<const int32_t*>(slot.data_ptr());
+    const auto sums = make_scratch<Sum<T>>(shared ? num_entries * size : 0);
     const SampledBlocks<T> s = {
         .a = static_cast<const T*>(left.data_ptr()),
         .b_panels = nullptr,
-        .blocks = static_cast<T*>(entries.data_ptr()),
-        .slot = shared ? nullptr : static_cast<const int32_t*>(slot.data_ptr()),
+        .blocks = blocks,
+        .sums = shared ? sums.get() : nullptr,
+        .slot = slots,
         .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
         .idx = static_cast<const int32_t*>(idx.data_ptr()),
         .batch = a.size(0),
@@ -120,12 +143,9 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
         .block_in = block_in,
     };
     run_sampled(kernel, s, static_cast<const T*>(right.data_ptr()), ptr.size(0) - 1);
-    if (shared)
-      reduce_entries(s.blocks, static_cast<const int32_t*>(slot.data_ptr()), num_entries, num_slots,
-                     block_out * block_in, static_cast<T*>(values.data_ptr()));
+    if (shared) reduce_entries(sums.get(), slots, num_entries, num_slots, size, blocks);
   };
-  const BlockSparseTable& table = *kernels().block_sparse;
-  a.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  for_dtype(a.scalar_type(), run);
   return values;
 }
 

@@ -5,6 +5,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "../shuffle.h"
+#include "elements.h"
 
 namespace {
 
@@ -13,7 +14,7 @@ using namespace compsparse;
 template <typename T, class Target>
 bool uses_dots(const BlockProduct<T>& p) {
   constexpr int64_t few = 8;  // from there on, packed weights are read often enough
-  return p.batch < few && !p.transposed && p.block_in % Target::MinLanes == 0;
+  return p.batch < few && !p.transposed && p.block_in % (Target::MinLanes * Target::Together) == 0;
 }
 
 // Lane i: the sum over the lanes of v[i].
@@ -27,49 +28,55 @@ COMPSPARSE_INLINE Vec<T, L> sum_each(const Vec<T, L>* v) {
   }
 }
 
-// acc[i] += x[k] * w[k + rows[i]], k = 0 .. depth
-template <typename T, int L>
-COMPSPARSE_INLINE void add_dots(const T* x, const T* w, const int64_t (&rows)[L], int64_t depth, Vec<T, L> (&acc)[L]) {
+// acc[i] += x[k] * w[k + rows[i]], k = 0 .. inputs
+template <class Target, int L, typename T>
+COMPSPARSE_INLINE void add_dots(const T* x, const T* w, const int64_t (&rows)[L], int64_t inputs,
+                                Vec<Sum<T>, L> (&acc)[L]) {
+  constexpr int Step = L * Target::Together;
   int64_t k = 0;
-  for (; k + L <= depth; k += L) {
-    const Vec<T, L> input = load<T, L>(x + k);
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) acc[i] += input * load<T, L>(w + rows[i] + k);
+  for (; k + Step <= inputs; k += Step) {
+    const Vec<Sum<T>, L> input = Target::template along<L>(x + k);
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) acc[i] =
+        Target::template multiply_add<L>(Target::template along<L>(w + rows[i] + k), input, acc[i]);
   }
-  if (k == depth) return;
-  const Vec<T, L> input = load_partial<T, L>(x + k, depth - k);
-  for (int i = 0; i < L; ++i) acc[i] += input * load_partial<T, L>(w + rows[i] + k, depth - k);
+  if (k == inputs) return;
+  const Vec<Sum<T>, L> input = along_partial<Target, L>(x + k, inputs - k);
+  for (int i = 0; i < L; ++i)
+    acc[i] = Target::template multiply_add<L>(along_partial<Target, L>(w + rows[i] + k, inputs - k), input, acc[i]);
 }
 
 // Outputs first .. first + count of block row `row`, for one batch row.
-template <typename T, int L>
+template <class Target, int L, typename T>
 void dot_outputs(const BlockProduct<T>& p, int64_t row, int64_t first, int64_t count, const T* x, T* y) {
   const int64_t block_size = p.block_out * p.block_in, out = row * p.block_out + first;
   int64_t rows[L];
   for (int i = 0; i < L; ++i) rows[i] = (first + min64(i, count - 1)) * p.block_in;
-  Vec<T, L> acc[L] = {};
+  Vec<Sum<T>, L> acc[L] = {};
   for (int64_t e = p.ptr[row]; e < p.ptr[row + 1]; ++e) {
     const int64_t column = p.idx[e] * p.block_in;
-    add_dots<T, L>(x + column, p.values + p.slot[e] * block_size, rows, min64(p.block_in, p.in_features - column), acc);
+    add_dots<Target, L>(x + column, p.values + p.slot[e] * block_size, rows, min64(p.block_in, p.in_features - column),
+                        acc);
   }
-  Vec<T, L> sums = sum_each<T, L, L>(acc);
-  if (p.bias) sums += load_partial<T, L>(p.bias + out, count);
-  sums = activate<T, L>(sums, p.activation);
+  Vec<Sum<T>, L> sums = sum_each<Sum<T>, L, L>(acc);
+  if (p.bias) sums += load_wide_partial<T, L>(p.bias + out, count);
+  sums = activate<Sum<T>, L>(sums, p.activation);
   if (count >= L)
-    store<T, L>(y + out, sums);
+    store_narrow<T, L>(y + out, sums);
   else
-    store_partial<T, L>(y + out, sums, count);
+    store_narrow_partial<T, L>(y + out, sums, count);
 }
 
 template <typename T, int L, class Target>
 void product_by_dots(const BlockProduct<T>& p, Range rows, Range batch) {
   if constexpr (L > Target::MinLanes) {
-    if (p.block_in % L != 0) return product_by_dots<T, L / 2, Target>(p, rows, batch);
+    if (p.block_in % (L * Target::Together) != 0) return product_by_dots<T, L / 2, Target>(p, rows, batch);
   }
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t outputs = min64(p.block_out, p.out_features - row * p.block_out);
     for (int64_t first = 0; first < outputs; first += L)
       for (int64_t n = batch.begin; n < batch.end; ++n)
-        dot_outputs<T, L>(p, row, first, min64(L, outputs - first), p.x + n * p.in_features, p.y + n * p.out_features);
+        dot_outputs<Target, L>(p, row, first, min64(L, outputs - first), p.x + n * p.in_features,
+                               p.y + n * p.out_features);
   }
 }
 
