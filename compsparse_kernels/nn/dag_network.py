@@ -177,7 +177,10 @@ class DAGNetwork(nn.Module):
             [2.0]
         """
         graph, layout = self.layout.graph, self.layout
-        vertex = int(node) if isinstance(node, Integral) else graph.index(node)
+        try:
+            vertex = int(node) if isinstance(node, Integral) else graph.index(node)
+        except (TypeError, ValueError):  # which speak of a name
+            vertex = -1
         wanted = f"a node, {graph.num_sources}..{graph.num_vertices - 1}, or its name"
         require(graph.num_sources <= vertex < graph.num_vertices, "node", wanted, repr(node))
         return Constituent(*(self._affine(part) for part in layout.parts[vertex - graph.num_sources].tolist()))
