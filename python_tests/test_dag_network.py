@@ -260,6 +260,7 @@ def test_every_output_is_written(name, dtype):
 # ---- threads and instruction sets
 
 
+@pytest.mark.skipif(not ISAS, reason="the reference adds up as torch does: no compiled kernels here")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["tree, width 33, hidden 20", "skip edges", "padded convolution"])
 def test_bitwise_equal_for_any_number_of_threads(name, dtype):

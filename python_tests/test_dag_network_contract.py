@@ -96,6 +96,7 @@ def test_forward_mode_is_refused():
         ("tree", True, 3, "contiguous"),
         ("outputs that are read, hidden", False, 3, "transposed"),
         ("shared", True, 0, "contiguous"),
+        ("shared", True, 1, "contiguous"),
     ],
 )
 def test_opcheck(name, with_biases, batch, memory):
@@ -112,6 +113,23 @@ def test_opcheck(name, with_biases, batch, memory):
     for needs in ((True, True), (True, False), (False, True)):
         backward = (grad, x, weights, biases, *index, layout.child_ptr, layout.children, *rest, "gelu", *needs)
         torch.library.opcheck(torch.ops.compsparse.dag_network_backward.default, backward)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@every_layout
+def test_the_reference_of_the_backward_is_the_gradient_of_that_of_the_forward(name, batch):
+    """It runs on devices without kernels; what it returns is its own memory."""
+    layout = LAYOUTS[name]
+    inputs = wanting(dag_inputs(layout, batch, torch.float64))
+    weights, biases = split(layout, inputs[1:])
+    index, rest = (layout.nodes, layout.edge_ptr, layout.edges), (layout.steps, layout.linear, layout.columns)
+    y = reference.dag_network(inputs[0], weights, biases, *index, *rest, layout.out_features, "gelu")
+    grad = random_tensor(*y.shape, dtype=y.dtype)
+    arguments = (*index, layout.child_ptr, layout.children, *rest, "gelu", True, True)
+    with torch.no_grad():
+        grads = reference.dag_network_backward(grad, inputs[0], weights, biases, *arguments)
+    torch.testing.assert_close(grads, list(torch.autograd.grad(y, inputs, grad)))
+    assert all(each.is_contiguous() and each.storage_offset() == 0 for each in grads)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
