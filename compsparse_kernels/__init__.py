@@ -4,7 +4,7 @@ from compsparse_kernels import prune
 from compsparse_kernels._version import __version__
 from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import AttentionSupport, BlockLayout, DAGLayout, MaskLayout
-from compsparse_kernels.nn import MaskedLinear, SparseDAGLinear, ThresholdAttention
+from compsparse_kernels.nn import DAGNetwork, MaskedLinear, SparseDAGLinear, ThresholdAttention
 from compsparse_kernels.ops import (
     block_sparse_linear,
     dag_network,
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionSupport",
     "BlockLayout",
     "DAGLayout",
+    "DAGNetwork",
     "FunctionGraph",
     "MaskLayout",
     "MaskedLinear",

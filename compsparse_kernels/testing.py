@@ -23,12 +23,15 @@ Nothing here is tuned to a machine, so the budget is the same in CI as at home.
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from compsparse_kernels.layouts import DAGLayout
 from compsparse_kernels.ops import cpu_isa
 from compsparse_kernels.ops.backends import CPU_CAPS
 
@@ -87,6 +90,68 @@ def attention_inputs(
     ]
     query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     return [tensor.requires_grad_(grad) for tensor in (query * 2, key, value)]
+
+
+def dag_inputs(layout: DAGLayout, batch: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
+    """x, then the weights of each kind, then the biases of each kind; weights keep channels at a scale of about 1."""
+    weights = [
+        random_tensor(*shape, seed=seed + 1 + kind) / shape[-1] ** 0.5
+        for kind, shape in enumerate(layout.weight_shapes)
+    ]
+    biases = [random_tensor(*shape, seed=seed + 1001 + kind) for kind, shape in enumerate(layout.bias_shapes)]
+    x = random_tensor(batch, layout.in_features, seed=seed)
+    return [tensor.to(dtype) for tensor in (x, *weights, *biases)]
+
+
+def dag_node_by_node(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    layout: DAGLayout,
+    biases: Sequence[torch.Tensor] | None = None,
+    act: Callable[[torch.Tensor], torch.Tensor] = lambda z: z,
+) -> torch.Tensor:
+    """``dag_network``, slowly: one ``F.linear`` per node, along the graph. Of the layout's index tensors it reads only
+    which weight each part of a node has."""
+    graph, parts, nodes = layout.graph, layout.parts.tolist(), layout.nodes.tolist()
+    is_read = set(graph.parents.idx.tolist())
+    shares_with_read = {int(share) for node, share in enumerate(graph.share) if graph.num_sources + node in is_read}
+
+    def affine(part, z):
+        kind, weight = nodes[part][:2]
+        return F.linear(z, weights[kind][weight], biases[kind][weight] if biases else None)
+
+    argument_channels = _argument_channels(layout)
+    values = [*x.unflatten(-1, (graph.num_sources, -1)).unbind(-2), *[None] * graph.num_nodes]  # [batch, channels]
+    outputs = {}
+    for vertex in np.concatenate(graph.levels[1:]).tolist():
+        node = vertex - graph.num_sources
+        begin, end = graph.parents.ptr[node : node + 2]
+        arguments = [x.new_zeros(len(x), channels) for channels in argument_channels[graph.share[node]]]
+        for parent, place in zip(graph.parents.idx[begin:end], graph.parents.position[begin:end], strict=True):
+            arguments[place] = values[parent]
+        first, second, readout = parts[node]
+        z = affine(first, torch.cat(arguments, -1))
+        is_output = vertex in graph.sinks and graph.share[node] not in shares_with_read
+        if layout.hidden is not None:
+            z = affine(second, act(z))
+        elif not is_output:
+            z = act(z)
+        values[vertex] = z
+        outputs[vertex] = z if is_output or readout < 0 else affine(readout, z)
+    return torch.cat([outputs[sink] for sink in graph.sinks.tolist()], -1)
+
+
+def _argument_channels(layout: DAGLayout) -> list[list[int]]:
+    """Of each weight of the graph, the channels of each argument; of one that no node has, those of the others."""
+    graph = layout.graph
+    _, idx, position, arity = graph.parents
+    channels = np.where(idx < graph.num_sources, layout.in_channels, layout.width).tolist()
+    read = [{} for _ in range(graph.num_weights)]
+    for node, place, count in zip(graph.parents.node_of_edge(), position.tolist(), channels, strict=True):
+        read[graph.share[node]][place] = count
+    arities = dict(zip(graph.share.tolist(), arity.tolist(), strict=True))
+    usual = [layout.width if layout.width in places.values() else layout.in_channels for places in read]
+    return [[read[share].get(place, usual[share]) for place in range(arities[share])] for share in range(len(read))]
 
 
 def budget_used(

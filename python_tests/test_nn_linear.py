@@ -412,7 +412,7 @@ BLOCKS = torch.ones(4, 4, dtype=torch.bool)
         (
             lambda: SparseDAGLinear(32, 63, BLOCKS),
             ValueError,
-            r"layout: expected a mask over equal blocks .*\[63, 32\]",
+            r"layout: expected a mask or graph level over equal blocks .*\[63, 32\]",
         ),
         (lambda: SparseDAGLinear(1024, 64, BLOCKS), ValueError, r"layout: expected .*, got blocks of 16 by 256"),
         (

@@ -6,14 +6,16 @@ error a user would have without this library (the error budget of :mod:`compspar
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 
 from compsparse_kernels import ops
-from compsparse_kernels.layouts import BlockLayout, MaskLayout
-from compsparse_kernels.testing import random_mask, random_tensor
+from compsparse_kernels.graphs import FunctionGraph
+from compsparse_kernels.layouts import BlockLayout, DAGLayout, MaskLayout
+from compsparse_kernels.testing import dag_inputs, dag_node_by_node, random_mask, random_tensor
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 # A score nearer than this to the threshold may fall on either side in float32; check uses inputs with none.
@@ -30,11 +32,13 @@ class Case:
     ours: Callable[..., torch.Tensor]
     dense: Callable[..., torch.Tensor]
     multilinear: bool = True  # then dense(|inputs|) is the sum of the terms in absolute value, for the error budget
+    terms: Callable[..., torch.Tensor] | None = None  # gives that sum from |inputs| where dense does not
 
 
 def all_cases() -> Iterator[Case]:
     yield from _block_sparse_cases()
     yield from _masked_cases()
+    yield from _dag_cases()
     yield from _attention_cases()
 
 
@@ -121,6 +125,34 @@ def _masked_cases() -> Iterator[Case]:
             lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout.to(a.device)),
             lambda a, b, layout=layout: layout.to(a.device).pack(a.mT @ b),
         )
+
+
+def _dag_cases() -> Iterator[Case]:
+    skip = FunctionGraph.random(n_inputs=6, n_nodes=20, in_degree=3, n_outputs=3, seed=1, skip=0.5)
+    read = FunctionGraph(3, [[0, 1], [3, 2], [3, 4]], sinks=[3, 5])
+    for batch, name, layout, activation in (
+        (100, "tree of 16, width 16", DAGLayout(FunctionGraph.tree(16), 16), None),
+        (37, "skip edges, width 33", DAGLayout(skip, 33, in_channels=2), "gelu"),
+        (65, "outputs that are read, 7 hidden units", DAGLayout(read, 5, 7, out_channels=3), "silu"),
+        (48, "padded convolutions", DAGLayout(FunctionGraph.conv1d(9, kernel=3, padding=1, depth=2), 8), "relu"),
+        (1, "butterfly of 8, width 1", DAGLayout(FunctionGraph.butterfly(8), 1), None),
+    ):
+        yield _dag_network(f"{batch} x ({name}){f', {activation}' if activation else ''}", batch, layout, activation)
+
+
+def _dag_network(name: str, batch: int, layout: DAGLayout, activation: str | None) -> Case:
+    kinds = len(layout.kinds)
+    names = ["x", *(f"{each}[{kind}]" for each in ("weights", "biases") for kind in range(kinds))]
+
+    def ours(x, *parameters):
+        return ops.dag_network(x, parameters[:kinds], layout.to(x.device), parameters[kinds:], activation)
+
+    def dense(x, *parameters, act=ACTIVATIONS[activation]):
+        return dag_node_by_node(x, parameters[:kinds], layout, parameters[kinds:], act)
+
+    inputs = dict(zip(names, dag_inputs(layout, batch, torch.float64), strict=True))
+    # Activations are about the identity at most, so the terms are those of the linear network.
+    return Case("dag_network", name, inputs, ours, dense, terms=partial(dense, act=ACTIVATIONS[None]))
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -90,7 +90,8 @@ def _compare(case: Case, dtype: torch.dtype, device: str) -> Iterator[dict]:
     exact = _output_and_gradients(case.dense, inputs, torch.float64)
     dense = _output_and_gradients(case.dense, inputs, dense_dtype)
     absolute = {name: tensor.abs() for name, tensor in inputs.items()}
-    magnitude = _output_and_gradients(case.dense, absolute, torch.float64, absolute=True) if case.multilinear else {}
+    terms = case.terms or (case.dense if case.multilinear else None)
+    magnitude = _output_and_gradients(terms, absolute, torch.float64, absolute=True) if terms else {}
     runs = []
     for threads in THREADS:
         with num_threads(threads):

@@ -54,6 +54,9 @@ class DAGLayout:
         columns: channels of all sources and nodes.
         parts: int32 ``[graph nodes, 3]``: the nodes that compute each node of the graph: the layer that reads its
             parents, the linear layer behind ``hidden`` units or -1, the readout or -1.
+        in_features, out_features: sources times their channels, sinks times theirs.
+        weight_shapes, bias_shapes: of each kind.
+        linear: of each kind 1 where its nodes have no activation, else 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came; also where nodes that share weights
@@ -84,6 +87,12 @@ class DAGLayout:
     steps: tuple[int, ...] = field(init=False)
     columns: int = field(init=False)
     parts: np.ndarray = field(init=False)
+    # Each call asks for these.
+    in_features: int = field(init=False)
+    out_features: int = field(init=False)
+    weight_shapes: list[tuple[int, int, int]] = field(init=False)
+    bias_shapes: list[tuple[int, int]] = field(init=False)
+    linear: list[int] = field(init=False)
 
     def __post_init__(self):
         require(isinstance(self.graph, FunctionGraph), "graph", "FunctionGraph", type(self.graph).__name__, TypeError)
@@ -93,29 +102,6 @@ class DAGLayout:
             check_positive_int("hidden", self.hidden)
         for name, value in _build(self).items():
             object.__setattr__(self, name, value)
-
-    @property
-    def in_features(self) -> int:
-        """Sources times their channels."""
-        return self.graph.num_sources * self.in_channels
-
-    @property
-    def out_features(self) -> int:
-        """Sinks times their channels."""
-        return self.graph.num_sinks * self.out_channels
-
-    @property
-    def weight_shapes(self) -> list[tuple[int, int, int]]:
-        return [(kind.num_weights, kind.out, kind.fan_in) for kind in self.kinds]
-
-    @property
-    def bias_shapes(self) -> list[tuple[int, int]]:
-        return [(kind.num_weights, kind.out) for kind in self.kinds]
-
-    @property
-    def linear(self) -> list[int]:
-        """Of each kind: 1 where its nodes have no activation."""
-        return [int(kind.linear) for kind in self.kinds]
 
     @property
     def multiply_adds(self) -> int:
@@ -189,6 +175,11 @@ def _build(layout: DAGLayout) -> dict[str, object]:
         "steps": (0, *(np.flatnonzero(change) + 1).tolist(), len(order)),
         "columns": int(channels.sum()),
         "parts": np.where(parts >= 0, rank[parts], -1).astype(np.int32),
+        "in_features": sources * layout.in_channels,
+        "out_features": layout.graph.num_sinks * layout.out_channels,
+        "weight_shapes": [(kind.num_weights, kind.out, kind.fan_in) for kind in kinds],
+        "bias_shapes": [(kind.num_weights, kind.out) for kind in kinds],
+        "linear": [int(kind.linear) for kind in kinds],
     }
 
 

@@ -1,7 +1,9 @@
-"""Modules: drop-ins for ``nn.Linear`` and ``nn.MultiheadAttention`` that store and compute only a sparse pattern."""
+"""Modules that store and compute only a sparse pattern: networks on a graph, drop-ins for ``nn.Linear`` and
+``nn.MultiheadAttention``."""
 
+from compsparse_kernels.nn.dag_network import DAGNetwork
 from compsparse_kernels.nn.masked_linear import MaskedLinear
 from compsparse_kernels.nn.sparse_dag_linear import SparseDAGLinear
 from compsparse_kernels.nn.threshold_attention import ThresholdAttention
 
-__all__ = ["MaskedLinear", "SparseDAGLinear", "ThresholdAttention"]
+__all__ = ["DAGNetwork", "MaskedLinear", "SparseDAGLinear", "ThresholdAttention"]

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from compsparse_kernels.graphs import LevelEdges
 from compsparse_kernels.layouts import BlockLayout
 from compsparse_kernels.layouts.block import LARGEST_BLOCK
 from compsparse_kernels.layouts.checks import check_bool_matrix, check_positive_int, require
@@ -19,9 +20,11 @@ class SparseDAGLinear(SparseLinear):
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
-        layout: a :class:`BlockLayout`, or a bool mask over equal blocks ``[r, c]``: the weight is cut into r by c
-            blocks of ``(out_features / r, in_features / c)`` each, whole and at most 128 a side. (A mask ``[out, in]``
-            means 1 x 1 blocks; :class:`MaskedLinear` serves such patterns faster.)
+        layout: a :class:`BlockLayout`; one level of a graph (:meth:`FunctionGraph.level_edges`), a block for each edge;
+            or a bool mask over equal blocks ``[r, c]``. For a level of r nodes that reads c vertices, and for a mask,
+            the weight is cut into r by c blocks of ``(out_features / r, in_features / c)`` each, whole and at most 128
+            a side. Nodes of a level that share weights share their blocks, not the bias. (A mask ``[out, in]`` means
+            1 x 1 blocks; :class:`MaskedLinear` serves such patterns faster.)
         bias: with a bias, or without.
         activation: None, ``"relu"``, ``"gelu"`` or ``"silu"``, computed with the product.
         device, dtype: of the parameters.
@@ -41,13 +44,15 @@ class SparseDAGLinear(SparseLinear):
 
     Example:
         >>> import torch
-        >>> from compsparse_kernels import SparseDAGLinear
+        >>> from compsparse_kernels import FunctionGraph, SparseDAGLinear
         >>> two_parents = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, 0)
         >>> layer = SparseDAGLinear(32, 64, two_parents, activation="relu")
         >>> layer
         SparseDAGLinear(in_features=32, out_features=64, bias=True, density=0.500, block=(16, 8), activation=relu)
         >>> layer(torch.randn(5, 32)).shape
         torch.Size([5, 64])
+        >>> SparseDAGLinear(32, 64, FunctionGraph.tree(4).level_edges(1))
+        SparseDAGLinear(in_features=32, out_features=64, bias=True, density=0.500, block=(32, 8))
     """
 
     PATTERN = ("row_ptr", "col_idx", "slot")
@@ -56,7 +61,7 @@ class SparseDAGLinear(SparseLinear):
         self,
         in_features: int,
         out_features: int,
-        layout: BlockLayout | torch.Tensor,
+        layout: BlockLayout | LevelEdges | torch.Tensor,
         bias: bool = True,
         activation: str | None = None,
         device: torch.device | str | None = None,
@@ -71,7 +76,7 @@ class SparseDAGLinear(SparseLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, layout: BlockLayout | torch.Tensor, activation: str | None = None
+        cls, linear: nn.Linear, layout: BlockLayout | LevelEdges | torch.Tensor, activation: str | None = None
     ) -> "SparseDAGLinear":
         """The blocks of a dense layer; what lies outside them is dropped."""
         return cls._copy_of(linear, layout, activation=activation)
@@ -105,11 +110,20 @@ def _block_layout(layout, in_features, out_features):
         # A layer's values are its own, so they are stored [block_out, block_in] even where a transposed layout came.
         layout = layout.to("cpu")
         return BlockLayout(layout.out_features, layout.in_features, layout.block_shape, layout.by_output)
+    if isinstance(layout, LevelEdges):
+        block_shape = _equal_blocks(len(layout.nodes), len(layout.columns), out_features, in_features)
+        rows, columns, slot = (torch.from_numpy(numbers) for numbers in (layout.rows, layout.cols, layout.slot))
+        return BlockLayout.from_entries(rows, columns, block_shape, out_features, in_features, slot=slot)
     check_bool_matrix("layout", layout)
-    rows, columns = layout.shape
-    wanted = f"a mask over equal blocks of at most {LARGEST_BLOCK} a side of a weight [{out_features}, {in_features}]"
+    return BlockLayout.from_mask(layout, _equal_blocks(*layout.shape, out_features, in_features))
+
+
+def _equal_blocks(rows, columns, out_features, in_features):
+    """Shape of the blocks where a weight ``[out_features, in_features]`` is cut into rows by columns of them."""
+    wanted = f"a mask or graph level over equal blocks of at most {LARGEST_BLOCK} a side"
+    wanted += f" of a weight [{out_features}, {in_features}]"
     whole = rows > 0 and columns > 0 and out_features % rows == 0 and in_features % columns == 0
     require(whole, "layout", wanted, f"{rows} by {columns} blocks")
     block_shape = (out_features // rows, in_features // columns)
     require(max(block_shape) <= LARGEST_BLOCK, "layout", wanted, "blocks of {} by {}".format(*block_shape))
-    return BlockLayout.from_mask(layout, block_shape)
+    return block_shape

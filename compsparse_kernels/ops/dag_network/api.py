@@ -1,6 +1,6 @@
 """What users call: checks, then the op, inside an autograd Function only where a gradient is wanted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -88,7 +88,8 @@ def _arguments(weights, biases, layout, activation):
 
 def _run(x, weights, biases, layout, activation):
     parameters = (*weights, *biases)
-    refuse_forward_mode(("x", x), *(("weights", parameter) for parameter in parameters))
+    names = ["weights"] * len(weights) + ["biases"] * len(biases)
+    refuse_forward_mode(("x", x), *zip(names, parameters, strict=True))
     wanted = x.requires_grad or any(parameter.requires_grad for parameter in parameters)
     if wanted and torch.is_grad_enabled():
         return _DAGNetwork.apply(x, layout, activation, len(weights), *parameters)
@@ -128,10 +129,13 @@ def _under_autocast(x, weights, layout, biases, activation, backend):
     device = x.device.type
     dtype, compute = torch.get_autocast_dtype(device), compute_dtype("dag_network", device)
     with torch.autocast(device, enabled=False):
-        x = autocast_to(compute, x)
-        weights = [autocast_to(compute, weight) for weight in weights]
-        biases = None if biases is None else [autocast_to(compute, bias) for bias in biases]
+        x, weights, biases = autocast_to(compute, x), _all_to(compute, weights), _all_to(compute, biases)
         return dag_network(x, weights, layout, biases, activation, backend=backend).to(dtype)
+
+
+def _all_to(dtype, tensors):
+    """What is no row of tensors stays as it is, for the checks to name."""
+    return [autocast_to(dtype, tensor) for tensor in tensors] if isinstance(tensors, Iterable) else tensors
 
 
 def _check(x, weights, layout, biases, activation):
