@@ -39,13 +39,15 @@ std::vector<DagKind<T>> kinds_of(const std::vector<Tensor>& weights, const std::
   return kinds;
 }
 
-// Rows of a tile. Long rows of registers where the batch is long; never a choice by threads, which would show in sums.
+// Rows of a tile. Several vectors share what is read of the weights, unless the batch is short, or the graph so large
+// that a tile would not stay in cache; never a choice by threads, which would show in sums.
 template <typename T>
-int64_t tile_rows(const DagKernels<T>& kernel, int64_t batch) {
-  constexpr int64_t least_tiles = 4;
+int64_t tile_rows(const DagKernels<T>& kernel, int64_t batch, int64_t columns) {
+  constexpr int64_t least_tiles = 4, cache = (int64_t(1) << 21) / sizeof(T);
   int64_t vectors = kernel.max_vectors;
-  while (vectors > 1 && batch < least_tiles * vectors * kernel.lanes) --vectors;
-  return vectors * kernel.lanes;
+  const auto rows = [&] { return vectors * kernel.lanes; };
+  while (vectors > 1 && (batch < least_tiles * rows() || columns * rows() > cache)) --vectors;
+  return rows();
 }
 
 template <typename T>
@@ -82,7 +84,7 @@ Tensor dag_network(const Tensor& x, std::vector<Tensor> weights, std::vector<Ten
                                .in_features = x.size(1),
                                .out_features = out_features,
                                .activation = activation_from(activation)};
-    const int64_t batch = x.size(0), rows = tile_rows(kernel, batch);
+    const int64_t batch = x.size(0), rows = tile_rows(kernel, batch, columns);
     const int64_t parts = std::clamp<int64_t>((batch + rows - 1) / rows, 1, parts_for(work_of(net, batch)));
     for_each_part(parts, [&](int64_t part) {
       const auto values = make_scratch<T>(columns * rows);
@@ -118,7 +120,7 @@ int64_t place_sums(const DagKernels<T>& kernel, std::vector<DagKind<T>>& kinds) 
 template <typename T>
 void run_backward(const DagKernels<T>& kernel, const DagNetwork<T>& net, std::vector<DagKind<T>>& kinds, int64_t batch,
                   int64_t columns, bool needs_parameters) {
-  const int64_t rows = tile_rows(kernel, batch), tiles = (batch + rows - 1) / rows, tile = columns * rows;
+  const int64_t rows = tile_rows(kernel, batch, columns), tiles = (batch + rows - 1) / rows, tile = columns * rows;
   const int64_t size = needs_parameters ? place_sums(kernel, kinds) : 0;
   const int64_t parts = gradient_parts(batch, tiles, size);
   const bool slopes = net.activation == Activation::gelu || net.activation == Activation::silu;
