@@ -10,6 +10,7 @@ import triton
 
 from compsparse_kernels import BlockLayout
 from compsparse_kernels.ops.block_sparse_linear import triton as kernels
+from compsparse_kernels.ops.triton_launch import MOST_REGISTERS
 from compsparse_kernels.testing import random_mask, random_tensor
 from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
 from python_tests.gpu.static.occupancy import LDS, LIMITS
@@ -71,7 +72,7 @@ class Case:
 
     @property
     def config(self) -> triton.Config:
-        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=kernels.MOST_REGISTERS)
+        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=MOST_REGISTERS)
 
     @property
     def tensor_cores(self) -> bool:
