@@ -30,10 +30,16 @@ _no_triton = None if importlib.util.find_spec("triton") else "triton is not inst
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 _CPU_OPS = ("block_sparse_linear", "sampled_block_matmul", "masked_linear", "sampled_matmul", "threshold_attention")
+_TRITON_OPS = ("block_sparse_linear", "sampled_block_matmul", "dag_network", "dag_network_backward")
 # Of each backend with kernels: its ops, the device and the dtypes it runs on, and why it is missing here, or None.
 _KERNELS = {
     "cpu": (_CPU_OPS, "cpu", (torch.float32, torch.float64), _no_cpu_kernels),
-    "triton": (_CPU_OPS[:2], "cuda", (torch.float32, torch.float16, torch.bfloat16), _no_triton),
+    "triton": (
+        (*_CPU_OPS[:2], "dag_network", "dag_network_backward"),
+        "cuda",
+        (torch.float32, torch.float16, torch.bfloat16),
+        _no_triton,
+    ),
     "cuda": (_CPU_OPS[2:4], "cuda", (torch.float32, torch.float64, torch.float16, torch.bfloat16), _no_cuda_kernels),
 }
 _ANYWHERE = (torch.float32, torch.float64)

@@ -131,3 +131,15 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
     return z
+
+
+@triton.jit
+def slope_of(z, ACTIVATION: tl.constexpr):
+    """The derivative of an activation that is curved."""
+    if ACTIVATION == "gelu":
+        share = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        slope = share + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    else:
+        share = tl.sigmoid(z)
+        slope = share * (1.0 + z * (1.0 - share))
+    return slope

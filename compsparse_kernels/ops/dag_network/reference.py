@@ -57,7 +57,7 @@ def dag_network_backward(
         if biases:
             grad_biases[kind].index_add_(0, share, grad_z.sum(1))
         grad_inputs = grad_z @ weights[kind][share]  # [nodes, batch, fan_in]
-        grad_h.index_add_(1, gather.flatten(), grad_inputs.transpose(0, 1).reshape(batch, -1))
+        grad_h.index_add_(1, gather.flatten(), grad_inputs.transpose(0, 1).flatten(1))
     grad_x = grad_h[:, 1 : 1 + x.shape[1]].contiguous() if needs_x else x.new_empty(0)
     return [grad_x, *grad_weights, *grad_biases] if needs_parameters else [grad_x]
 
