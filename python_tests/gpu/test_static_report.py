@@ -10,11 +10,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from python_tests.gpu import dag_cases
 from python_tests.gpu.aot import TARGETS, compile_launch
-from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work, shipped
+from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
 from python_tests.gpu.report import EMULATED, emulate, examine, render
+from python_tests.gpu.shipped import shipped
 from python_tests.gpu.static.roofline import traffic
 
 PRODUCT = Case("forward", "bf16", (64, 64), 8, 3, "sm_80")
@@ -23,7 +25,7 @@ RUN = [case for case in shipped() if case.target in EMULATED]
 
 
 def test_the_first_choice_of_each_kernel_for_each_target():
-    assert len(shipped()) == len(DEFAULT) * len(TARGETS)
+    assert len(shipped()) == (len(DEFAULT) + len(dag_cases.DEFAULT)) * len(TARGETS)
     assert len(shipped()) == len({case.name for case in shipped()})
     assert set(shipped()) <= set(shipped(long=True))
 
