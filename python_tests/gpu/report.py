@@ -35,8 +35,9 @@ tensor cores' rate that the inner loop cannot exceed, and what sets it (cycles.p
 """
 SHEETS = ", ".join(DEVICES[target].name for target in EMULATED)
 L4_NOTE = f"""\
-L4: the PTX executed by the emulator at batch {SMALL_BATCH}, {FEATURES} features. Useful: bytes wanted of sectors moved.
-Requested and memory: sectors asked for, and sectors touched, to the least possible. Ceiling: TFLOP/s that data sheets
+L4: the PTX executed by the emulator at batch {SMALL_BATCH}, on {FEATURES} features (dag: a step of a small tree).
+Useful: bytes wanted of sectors moved. Requested and memory: sectors asked for, and sectors touched, to the least
+possible. Ceiling: TFLOP/s that data sheets
 ({SHEETS}) allow at batch {LARGE_BATCH}, if the second-level cache serves every reuse, and if it
 serves none. Nothing was timed.
 """

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from python_tests.gpu import dag_cases
+from python_tests.gpu import cases, dag_cases
 from python_tests.gpu.aot import TARGETS, compile_launch
 from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work
 from python_tests.gpu.ptx import Profile
@@ -114,7 +114,7 @@ def test_traffic_of_a_kernel_that_wastes_it(spread):
 def test_tensor_core_ceiling(block):
     """Issue 3, part 5: the loop lets sm_80's tensor cores reach 90 % of their rate."""
     wanted = ("forward", "bf16", block, "sm_80")
-    (case,) = [one for one in shipped() if (one.direction, one.dtype, one.block, one.target) == wanted]
+    (case,) = [one for one in cases.shipped() if (one.direction, one.dtype, one.block, one.target) == wanted]
     assert examine(case).bound.tensor_ceiling >= 0.9
 
 
