@@ -239,7 +239,8 @@ def _product(matrix, count: int, channels: int, longest: int, even: int) -> tupl
     even_in = even % tile_in == 0
     tile_out = min(padded(channels), LARGEST_SIDE)
     most = LARGEST_EXACT_TILE if precision == "ieee" else LARGEST_SIDE
-    tile_batch = min(most, (LARGEST_TILE if even_in else LARGEST_TILE // 2) // tile_out, lanes & -lanes)
+    roomy = even_in and matrix.dtype.itemsize == 2  # masks, or operands of 4 bytes, take half of the registers
+    tile_batch = min(most, (LARGEST_TILE if roomy else LARGEST_TILE // 2) // tile_out, lanes & -lanes)
     others = count * triton.cdiv(channels, tile_out)
     while tile_batch > LEAST_TILE and others * (lanes // tile_batch) < ENOUGH_PROGRAMS:
         tile_batch //= 2
@@ -256,18 +257,14 @@ def _product(matrix, count: int, channels: int, longest: int, even: int) -> tupl
 
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
     """The configurations to choose from, of any of the kernels."""
-    product = "sums" not in arguments
-    tile = Tile(
-        *(arguments[name] for name in (_PRODUCT_TILE if product else _WEIGHT_TILE)),
-        arguments["h" if "h" in arguments else "gradients"].element_size(),
-        64 if not product or arguments["EVEN_IN"] else 32,
-        arguments["PRECISION"] == "ieee",
-    )
+    size = arguments["h" if "h" in arguments else "gradients"].element_size()
+    if "sums" in arguments:
+        sides, most_sums = ("TILE_OUT", "TILE_IN", "TILE_BATCH"), 64
+    else:  # what was found to spill nowhere (python_tests/gpu)
+        sides = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
+        most_sums = 64 if arguments["EVEN_IN"] and arguments["TILE_OUT"] * size <= 256 else 32
+    tile = Tile(*(arguments[side] for side in sides), size, most_sums, arguments["PRECISION"] == "ieee")
     return triton_launch.suitable(configs, tile, shared_memory)
-
-
-_PRODUCT_TILE = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
-_WEIGHT_TILE = ("TILE_OUT", "TILE_IN", "TILE_BATCH")
 
 
 @tuned(
