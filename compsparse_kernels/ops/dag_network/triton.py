@@ -262,7 +262,7 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
         sides, most_sums = ("TILE_OUT", "TILE_IN", "TILE_BATCH"), 64
     else:  # what was found to spill nowhere (python_tests/gpu)
         sides = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
-        most_sums = 64 if arguments["EVEN_IN"] and arguments["TILE_OUT"] * size <= 256 else 32
+        most_sums = 64 if arguments["EVEN_IN"] and (size == 2 or arguments["TILE_OUT"] <= 32) else 32
     tile = Tile(*(arguments[side] for side in sides), size, most_sums, arguments["PRECISION"] == "ieee")
     return triton_launch.suitable(configs, tile, shared_memory)
 
