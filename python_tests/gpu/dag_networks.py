@@ -104,17 +104,25 @@ def network(case: Case) -> Network:
 
 
 class _AsTF32(TorchFunctionMode):
-    """Dense torch on a CPU has no tf32; with rounded operands a product computes the same."""
+    """Dense torch on a CPU has no tf32; with operands that ``cut`` has made so a product computes the same."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = cut
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
-            args = [torch.from_numpy(to_tf32(arg.detach().contiguous().numpy())) for arg in args]
+            args = [self.cut(arg.contiguous()) for arg in args]
         return function(*args, **(kwargs or {}))
 
 
-def dense(case: Case, compute):
-    """What ``compute()`` returns with products as ``case.precision`` has them."""
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(to_tf32(tensor.numpy()))
+
+
+def dense(case: Case, compute, cut=rounded):
+    """What ``compute()`` returns with products as ``case.precision`` has them; ``cut`` makes a tensor tf32."""
     if case.precision != "tf32":
         return compute()
-    with _AsTF32():
+    with _AsTF32(cut):
         return compute()

@@ -19,7 +19,7 @@ from compsparse_kernels.testing import assert_within_budget
 from python_tests.gpu import ledger
 from python_tests.gpu.aot import compile_launch
 from python_tests.gpu.dag_networks import GRAPHS, Case, dense, network
-from python_tests.gpu.problems import SHARED_MEMORY
+from python_tests.gpu.problems import SHARED_MEMORY, as_tf32
 from python_tests.gpu.ptx.torch_launch import run_compiled
 
 WRITTEN = {"forward_kernel": ("h", "slopes"), "backward_kernel": ("gradients",), "weight_kernel": ("sums",)}
@@ -58,7 +58,7 @@ def check(case: Case, target: str, backwards: bool = False) -> list[torch.Tensor
             ours = compute(net, kernels)
     finally:
         torch.use_deterministic_algorithms(False)
-    yardstick = dense(case, lambda: compute(net, reference))
+    yardstick = dense(case, lambda: compute(net, reference), as_tf32)
     exact = compute(net.to(torch.float64), reference)
     for number, parts in enumerate(zip(ours, yardstick, exact, strict=True)):
         name = f"dag_network {'gradient' if number else 'forward'} {case.precision} {case.graph} {case.width} {target}"
