@@ -37,6 +37,7 @@ _CPU_OPS = (
     "threshold_attention",
     "dag_network",
 )
+_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
@@ -46,7 +47,7 @@ _KERNELS = {
         dict.fromkeys(_CPU_OPS[:2], _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
         _no_cpu_kernels,
     ),
-    "triton": ("cuda", dict.fromkeys(_CPU_OPS[:2], (torch.float32, *_HALVES)), _no_triton),
+    "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),
     "cuda": ("cuda", dict.fromkeys(_CPU_OPS[2:4], _ANYWHERE + _HALVES), _no_cuda_kernels),
 }
 _DTYPES = {

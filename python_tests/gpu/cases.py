@@ -10,8 +10,10 @@ import triton
 
 from compsparse_kernels import BlockLayout
 from compsparse_kernels.ops.block_sparse_linear import triton as kernels
+from compsparse_kernels.ops.triton_launch import MOST_REGISTERS
 from compsparse_kernels.testing import random_mask, random_tensor
 from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
+from python_tests.gpu.static.gates import INDEX_LOADS
 from python_tests.gpu.static.occupancy import LDS, LIMITS
 
 FEATURES = 512
@@ -58,6 +60,7 @@ class Case:
     num_warps: int
     num_stages: int
     target: str
+    index_loads = INDEX_LOADS
 
     @property
     def op(self) -> str:
@@ -71,7 +74,7 @@ class Case:
 
     @property
     def config(self) -> triton.Config:
-        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=kernels.MOST_REGISTERS)
+        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=MOST_REGISTERS)
 
     @property
     def tensor_cores(self) -> bool:
@@ -98,6 +101,9 @@ class Case:
         by_batch = self.direction != "sampled"  # one program for each tile of the batch
         programs = large.programs * SMALL_BATCH // LARGE_BATCH if by_batch else small.programs
         return small._replace(arguments={**small.arguments, **constants}, programs=programs)
+
+    def least_work(self, launch: kernels.Launch) -> Work:
+        return least_work(launch)
 
 
 def shipped(long: bool = False) -> list[Case]:

@@ -135,7 +135,7 @@ class Check:
         self.integers = p.integers
         self.exact = direction.expected(p.map(torch.Tensor.double))
         self.terms = direction.expected(p.map(lambda t: t.double().abs()).map(torch.Tensor.nan_to_num))
-        tensor_core = p.map(_as_tf32) if tf32 and p.x.dtype == torch.float32 else p
+        tensor_core = p.map(as_tf32) if tf32 and p.x.dtype == torch.float32 else p
         self.dense = direction.expected(tensor_core)
         self.output = torch.empty_like(self.dense)
         with float32_precision("tf32" if tf32 else "ieee"):
@@ -176,6 +176,6 @@ def _programs(launch: kernels.Launch) -> int:
     return given["rows"] * -(-given["batch"] // given["TILE_BATCH"])
 
 
-def _as_tf32(tensor: torch.Tensor) -> torch.Tensor:
+def as_tf32(tensor: torch.Tensor) -> torch.Tensor:
     """The yardstick for tf32: tensor cores ignore the last 13 bits of a float32 operand."""
     return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)

@@ -14,9 +14,11 @@ from rich.progress import track
 from rich.table import Table
 
 from python_tests.gpu.aot import compile_launch
-from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case, least_work, shipped
+from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case
+from python_tests.gpu.dag_cases import DagCase
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
+from python_tests.gpu.shipped import shipped
 from python_tests.gpu.static.analyse import Analysis, analyse
 from python_tests.gpu.static.cycles import CycleBound, cycle_bound
 from python_tests.gpu.static.gates import violations
@@ -33,8 +35,9 @@ tensor cores' rate that the inner loop cannot exceed, and what sets it (cycles.p
 """
 SHEETS = ", ".join(DEVICES[target].name for target in EMULATED)
 L4_NOTE = f"""\
-L4: the PTX executed by the emulator at batch {SMALL_BATCH}, {FEATURES} features. Useful: bytes wanted of sectors moved.
-Requested and memory: sectors asked for, and sectors touched, to the least possible. Ceiling: TFLOP/s that data sheets
+L4: the PTX executed by the emulator at batch {SMALL_BATCH}, on {FEATURES} features (dag: a step of a small tree).
+Useful: bytes wanted of sectors moved. Requested and memory: sectors asked for, and sectors touched, to the least
+possible. Ceiling: TFLOP/s that data sheets
 ({SHEETS}) allow at batch {LARGE_BATCH}, if the second-level cache serves every reuse, and if it
 serves none. Nothing was timed.
 """
@@ -42,7 +45,7 @@ serves none. Nothing was timed.
 
 @dataclass(frozen=True)
 class Static:
-    case: Case
+    case: Case | DagCase
     analysis: Analysis
     bound: CycleBound | None
     violations: list[str]
@@ -50,16 +53,16 @@ class Static:
 
 @dataclass(frozen=True)
 class Emulated:
-    case: Case
+    case: Case | DagCase
     traffic: Traffic
     ceiling: Ceiling
 
 
-def examine(case: Case) -> Static:
+def examine(case: Case | DagCase) -> Static:
     """Compiles a case and reads it."""
     analysis = analyse(case.compiled(), case.target)
-    failed = violations(analysis, tensor_cores=case.tensor_cores, async_copies=case.async_copies)
-    return Static(case, analysis, cycle_bound(analysis), failed)
+    gates = {name: getattr(case, name) for name in ("tensor_cores", "async_copies", "index_loads")}
+    return Static(case, analysis, cycle_bound(analysis), violations(analysis, **gates))
 
 
 def emulate(static: Static) -> Emulated:
@@ -67,9 +70,9 @@ def emulate(static: Static) -> Emulated:
     case, profile = static.case, Profile()
     small = case.small_launch()
     run_compiled(compile_launch(small, case.config, case.target), profile=profile)
-    counted = traffic(profile, least_work(small))
+    counted = traffic(profile, case.least_work(small))
     reachable = static.bound.tensor_ceiling if static.bound and case.tensor_cores else 1.0
-    return Emulated(case, counted, ceiling(counted, least_work(case.launch()), case.target, case.dtype, reachable))
+    return Emulated(case, counted, ceiling(counted, case.least_work(case.launch()), case.target, case.dtype, reachable))
 
 
 def static_table(rows: list[Static]) -> Table:

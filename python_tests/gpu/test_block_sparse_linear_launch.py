@@ -67,7 +67,7 @@ def test_the_autotuner_asks_the_device_for_its_shared_memory():
     utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 64 * 1024})
     active = SimpleNamespace(utils=utils, get_current_device=lambda: 0)
     with mock.patch.object(kernels.triton.runtime.driver, "_active", active):
-        pruned = kernels._prune(kernels.CONFIGS, {}, **arguments)
+        pruned = kernels.product_kernel.early_config_prune(kernels.CONFIGS, {}, **arguments)
     assert pruned == kernels.suitable(kernels.CONFIGS, arguments, 64 * 1024)
     assert pruned != kernels.suitable(kernels.CONFIGS, arguments, 163 * 1024)
 

@@ -10,11 +10,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from python_tests.gpu import cases, dag_cases
 from python_tests.gpu.aot import TARGETS, compile_launch
-from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work, shipped
+from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
 from python_tests.gpu.report import EMULATED, emulate, examine, render
+from python_tests.gpu.shipped import shipped
 from python_tests.gpu.static.roofline import traffic
 
 PRODUCT = Case("forward", "bf16", (64, 64), 8, 3, "sm_80")
@@ -23,7 +25,7 @@ RUN = [case for case in shipped() if case.target in EMULATED]
 
 
 def test_the_first_choice_of_each_kernel_for_each_target():
-    assert len(shipped()) == len(DEFAULT) * len(TARGETS)
+    assert len(shipped()) == (len(DEFAULT) + len(dag_cases.DEFAULT)) * len(TARGETS)
     assert len(shipped()) == len({case.name for case in shipped()})
     assert set(shipped()) <= set(shipped(long=True))
 
@@ -112,7 +114,7 @@ def test_traffic_of_a_kernel_that_wastes_it(spread):
 def test_tensor_core_ceiling(block):
     """Issue 3, part 5: the loop lets sm_80's tensor cores reach 90 % of their rate."""
     wanted = ("forward", "bf16", block, "sm_80")
-    (case,) = [one for one in shipped() if (one.direction, one.dtype, one.block, one.target) == wanted]
+    (case,) = [one for one in cases.shipped() if (one.direction, one.dtype, one.block, one.target) == wanted]
     assert examine(case).bound.tensor_ceiling >= 0.9
 
 

@@ -9,34 +9,30 @@ step the tensor cores add up, and which of their instructions does may depend on
 Blocks whose sides are no power of two, or below 16, are padded in registers, never in memory.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakIdKeyDictionary
 
 from compsparse_kernels.layouts.checks import require
+from compsparse_kernels.ops import triton_launch
+from compsparse_kernels.ops.triton_launch import (
+    CONFIGS,
+    ENOUGH_PROGRAMS,
+    LARGEST_EXACT_TILE,
+    LARGEST_TILE,
+    LEAST_TILE,
+    Launch,
+    Tile,
+    activate,
+    dot_precision,
+    kept,
+    padded,
+    step_of,
+    tuned,
+)
 
-LEAST_TILE = 16  # sides of a tensor-core product
 LARGEST_BATCH_TILE = 256
-LARGEST_TILE = 128 * 128  # sums of one program: 64 a thread with 8 warps; masks take half of the registers
-LARGEST_EXACT_TILE = 64  # batch rows where products are exact float32: registers hold their operands
-STEP_BYTES = 128  # of a row of each operand that one step reads: a cache line
-ENOUGH_PROGRAMS = 264  # two for each multiprocessor of a large GPU
-INTERPRETED = triton.knobs.runtime.interpret
 GROUP = 8  # block rows that walk the batch together, so that they find its inputs in the second-level cache
-
-
-class Launch(NamedTuple):
-    """One call of a kernel. Tests compile and execute it without a GPU, in each of its configurations."""
-
-    kernel: "triton.runtime.Autotuner"
-    arguments: dict[str, object]  # by name; the size and order of the steps are in them, not in the configuration
-    programs: int
-
-    def __call__(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments)
 
 
 def block_sparse_linear(x, values, bias, ptr, idx, slot, out_features, transposed, activation):
@@ -123,11 +119,6 @@ def sampled_launch(a, b, ptr, idx, slot, shared, values) -> Launch:
     return Launch(sampled_kernel, arguments, num_slots)
 
 
-def padded(side: int) -> int:
-    """The side of the tile that holds a block's side."""
-    return max(LEAST_TILE, triton.next_power_of_2(side))
-
-
 def batch_tile(batch: int, rows: int, in_features: int, most: int) -> int:
     """Batch rows of a tile of the product: many, so that blocks are read seldom, but enough programs for a GPU, and
     offsets inside the tile that 32 bits hold."""
@@ -140,33 +131,9 @@ def batch_tile(batch: int, rows: int, in_features: int, most: int) -> int:
     return tile
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """tf32 where torch's own products would use it. Half precision has one way only."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def step_of(dtype: torch.dtype) -> int:
-    """What one step sums over: a cache line of each operand; half of it where registers hold what is multiplied."""
-    return STEP_BYTES // dtype.itemsize // (2 if dot_precision(dtype) == "ieee" else 1)
-
-
-_derived = WeakIdKeyDictionary()  # ptr of an order -> (name, idx, slot) -> what the kernels need besides
-
-
-def _kept(ptr: torch.Tensor, key: tuple, make):
-    """What ``make()`` returns, made once for an order: its tensors are told by identity, as layouts never change. It
-    may not hold ``ptr``, or neither would ever be freed."""
-    kept = _derived.setdefault(ptr, {})
-    name, *others = key
-    found = kept.get(name)
-    if found is None or any(one is not other for one, other in zip(found[0], others, strict=True)):
-        found = kept[name] = (others, make())
-    return found[1]
-
-
 def longest_first(ptr: torch.Tensor) -> torch.Tensor:
     """int32 ``[rows]``: block rows by falling number of entries, so that no long one starts last."""
-    return _kept(ptr, ("longest_first",), lambda: ptr.diff().argsort(descending=True, stable=True).int())
+    return kept(ptr, "longest_first", (), lambda: ptr.diff().argsort(descending=True, stable=True).int())
 
 
 def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,55 +150,25 @@ def entries_by_slot(ptr, idx, slot, num_slots: int | None) -> tuple[torch.Tensor
         offsets = torch.searchsorted(slots, torch.arange(num_slots + 1, dtype=slot.dtype, device=slot.device))
         return offsets, row[entries], idx[entries]
 
-    offsets, row, column = _kept(ptr, ("entries_by_slot", idx, slot), make)
+    offsets, row, column = kept(ptr, "entries_by_slot", (idx, slot), make)
     return ptr if offsets is None else offsets, row, column
 
 
-# Triton keeps one tile fewer in flight than it has stages (as many on Hopper and Blackwell, which have room for them).
-# Two stages are for targets with little shared memory.
-# ptxas would spill to reach an occupancy of its own choice, unless it is told that all registers may be used.
-MOST_REGISTERS = None if torch.version.hip else 255
-CONFIGS = [
-    triton.Config({}, num_warps=warps, num_stages=stages, maxnreg=MOST_REGISTERS)
-    for stages in (3, 4, 2)
-    for warps in (1, 2, 4, 8)
-]
-
-
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
-    """The configurations to choose from.
-
-    The tiles in flight fit in ``shared_memory`` bytes, each warp has a product for the tensor cores, and each thread
-    copies at least 4 bytes of an operand (less is not copied asynchronously). No thread holds so many sums that
-    registers spill, and products without tensor cores take as many warps as there are and few stages: memory does not
-    limit them.
-    """
+    """The configurations to choose from, of a product or of a sampled one."""
     product = "x" in arguments
-    outer, inner, step = (arguments[name] for name in (_PRODUCT_TILE if product else _SAMPLED_TILE))
     size = arguments["x" if product else "a"].element_size()
-    most_sums = _most_sums(arguments, size)
-
-    def fits(config):
-        return (config.num_stages - 1) * (outer + inner) * step * size <= shared_memory
-
-    def shares(config):
-        threads = 32 * config.num_warps
-        busy = outer * inner >= 16 * threads and min(outer, inner) * step * size >= 4 * threads
-        return outer * inner <= most_sums * threads and (busy or config.num_warps == 1)
-
-    widest = max(config.num_warps for config in configs)
-    sharing = [config for config in configs if shares(config)]
-    sharing = sharing or [config for config in configs if config.num_warps == widest]
-    if arguments["PRECISION"] == "ieee":
-        most_warps = max(config.num_warps for config in sharing)
-        sharing = [config for config in sharing if config.num_warps == most_warps and config.num_stages <= 3]
-    fitting = [config for config in sharing if fits(config)]
-    deep = [config for config in fitting if config.num_stages > 2]
-    return deep or fitting or sharing[-1:]
+    tile = Tile(
+        *(arguments[name] for name in (_PRODUCT_TILE if product else _SAMPLED_TILE)),
+        size,
+        _most_sums(arguments, size),
+        arguments["PRECISION"] == "ieee",
+    )
+    return triton_launch.suitable(configs, tile, shared_memory)
 
 
 def _most_sums(arguments: dict, size: int) -> int:
-    """Sums a thread may hold beside addresses and masks: what was found to spill nowhere (python_tests/gpu)."""
+    """What was found to spill nowhere (python_tests/gpu)."""
     if "x" in arguments:
         return 64 if arguments["EVEN_IN"] else 32
     if arguments["SHARED"]:
@@ -243,36 +180,10 @@ _PRODUCT_TILE = ("TILE_BATCH", "TILE_OUT", "TILE_IN")
 _SAMPLED_TILE = ("TILE_OUT", "TILE_IN", "TILE_BATCH")
 
 
-def _prune(configs, named_arguments, **arguments):
-    arguments = {**named_arguments, **arguments}
-    if INTERPRETED:
-        return configs[:1]
-    device = triton.runtime.driver.active.get_current_device()
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return suitable(configs, arguments, properties["max_shared_mem"])
-
-
-def _tuned(configs: list[triton.Config], key: list[str]):
-    """The fastest configuration, measured once for each key and kept in Triton's cache folder."""
-    return triton.autotune(
-        configs, key=key, prune_configs_by={"early_config_prune": _prune}, cache_results=not INTERPRETED
-    )
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        z = tl.where(z < 0, 0.0, z)  # keeps NaN
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        z = z * tl.sigmoid(z)
-    return z
-
-
-@_tuned(
+@tuned(
     CONFIGS,
     ["BLOCK_OUT", "BLOCK_IN", "TILE_BATCH", "TRANSPOSED", "EVEN_IN", "PRECISION", "in_features", "out_features"],
+    suitable,
 )
 @triton.jit
 def product_kernel(
@@ -354,7 +265,7 @@ def product_kernel(
     stored = (o < BLOCK_OUT) & (out < out_features)
     if HAS_BIAS:
         acc += tl.load(bias + out, mask=stored, other=0.0).to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION)
     y_tile = y + n.to(tl.int64)[:, None] * out_features + out[None, :]
     tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(n[:, None] < batch) & stored[None, :])
 
@@ -406,9 +317,10 @@ def _add_over_batch(
     return acc
 
 
-@_tuned(
+@tuned(
     CONFIGS,
     ["BLOCK_OUT", "BLOCK_IN", "SHARED", "EVEN_BATCH", "EVEN_BLOCKS", "PRECISION"],
+    suitable,
 )
 @triton.jit
 def sampled_kernel(

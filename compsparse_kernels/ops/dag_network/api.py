@@ -37,15 +37,19 @@ def dag_network(
     .. math:: h_v = \mathrm{act}(W_v [h_u]_{u \in \mathrm{parents}(v)} + b_v)
 
     One call runs every node. On the CPU a tile of the batch goes through the whole graph while its activations are in
-    cache; the backward computes them again, so what training keeps between the two is ``x`` alone.
+    cache; the backward computes them again, so what training keeps between the two is ``x`` alone. On a GPU it is one
+    launch for each level and kind of node; after a first call nothing waits for the GPU, so that calls can be captured
+    in a CUDA graph.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64: the channels of the sources, one source after another.
+        x: ``[..., in_features]``, the channels of the sources, one source after another; float32 or float64, on a GPU
+            also float16 and bfloat16.
         weights: of each kind of node (``layout.kinds``) the weights ``[num_weights, out, fan_in]``, dtype of ``x``.
         layout: which node reads what with which weight.
         biases: of each kind ``[num_weights, out]``, or None for no biases.
         activation: of all nodes that are not linear: None, ``"relu"``, ``"gelu"`` (exact, by erf) or ``"silu"``.
-        backend: None lets torch's dispatcher choose; ``"cpu"`` or ``"reference"`` runs that one or says why not.
+        backend: None lets torch's dispatcher choose; ``"cpu"``, ``"triton"`` or ``"reference"`` runs that one or says
+            why not.
 
     Returns:
         ``[..., out_features]``, the channels of the sinks. Gradients reach ``x``, ``weights`` and ``biases``; higher

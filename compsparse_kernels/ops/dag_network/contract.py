@@ -9,6 +9,7 @@ backward's results only what is asked for is computed: else grad_x is empty, or 
 
 import torch
 
+from compsparse_kernels.ops.backends import register_triton
 from compsparse_kernels.ops.dag_network import reference
 
 lib = torch.library.Library("compsparse", "FRAGMENT")
@@ -27,6 +28,7 @@ lib.define(
 )
 for _op in ("dag_network", "dag_network_backward"):
     lib.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    register_triton(lib, _op, "compsparse_kernels.ops.dag_network.triton", getattr(reference, _op))
 
 
 @torch.library.register_fake("compsparse::dag_network", lib=lib)

@@ -11,7 +11,7 @@ def violations(
     *,
     tensor_cores: bool = True,
     async_copies: bool = True,
-    index_loads: int = INDEX_LOADS,
+    index_loads: int | None = INDEX_LOADS,
     least_occupancy: float = 0.0,
 ) -> list[str]:
     """One sentence for each gate that the kernel fails; none is good.
@@ -22,7 +22,8 @@ def violations(
         async_copies: whether operand tiles must go from global to shared memory without a stop in registers. Asked of
             NVIDIA only: for gfx942 the compiler pipelines through registers.
         index_loads: how many narrow (4 or 8 bytes a lane) global loads the inner loop may contain, to find the next
-            block. Operand tiles are loaded 16 bytes a lane where aligned and 2 where not, or by many narrow loads.
+            block; None: one for each copy of the loop, as where each row is found by its own index. Operand tiles are
+            loaded 16 bytes a lane where aligned and 2 where not, or by many narrow loads.
         least_occupancy: share of the warps a multiprocessor can hold.
     """
     found = []
@@ -45,8 +46,10 @@ def violations(
     return found
 
 
-def _copy_violations(analysis: Analysis, index_loads: int) -> list[str]:
+def _copy_violations(analysis: Analysis, index_loads: int | None) -> list[str]:
     found = []
+    if index_loads is None:
+        index_loads = analysis.inner["async copy"]
     if not analysis.tile_copies:
         found.append(f"async copies: expected some of {TILE_BYTES} bytes a lane in the inner loop, got none")
     loads = analysis.inner["global load"]
