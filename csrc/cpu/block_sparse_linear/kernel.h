@@ -5,6 +5,7 @@
 //           per block row when their stored order or width needs it: that costs 1/batch of the arithmetic.
 //           Batches of a few rows are another matter: dots.h.
 // sampled:  a block [M outputs, R vectors of inputs] stays in registers over the batch.
+//           Blocks that do not fill whole vectors are another matter, for both products: batch_lanes.h.
 //
 // One element is always summed by one thread in the same order (entries, then k; or batch rows), whatever the tile it
 // falls in, so results do not depend on the number of threads.
@@ -13,6 +14,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "../shuffle.h"
+#include "batch_lanes.h"
 #include "dots.h"
 
 namespace {
@@ -203,6 +205,7 @@ void prefetch_share(const T* next, int64_t size, int64_t part, int64_t parts) {
 
 template <typename T, class Target>
 int64_t product_scratch(const BlockProduct<T>& p) {
+  if (uses_batch_lanes<T, Target>(p)) return batch_lanes_scratch<T, Target>(p);
   return packs_inputs<T, Target>(p) ? chunk_rows<T, Target>(p) * round_up(p.in_features, p.block_in) : 0;
 }
 
@@ -210,7 +213,7 @@ int64_t product_scratch(const BlockProduct<T>& p) {
 // stored blocks serve as they are.
 template <typename T, class Target>
 int64_t packed_entry_size(const BlockProduct<T>& p) {
-  if (uses_dots<T, Target>(p)) return 0;
+  if (uses_dots<T, Target>(p) || uses_batch_lanes<T, Target>(p)) return 0;
   const int64_t stride = round_up(p.block_out, lanes_for<T, Target::MaxLanes, Target>(p.block_out));
   return p.transposed && stride == p.block_out ? 0 : p.block_in * stride;
 }
@@ -290,6 +293,7 @@ void product_with_lanes(const BlockProduct<T>& p, const T* packed, Range rows, R
 template <typename T, class Target>
 void product(const BlockProduct<T>& p, const T* packed, Range rows, Range batch, T* scratch) {
   if (uses_dots<T, Target>(p)) return product_by_dots<T, Target::MaxLanes, Target>(p, rows, batch);
+  if (uses_batch_lanes<T, Target>(p)) return product_by_batch_lanes<T, Target>(p, rows, batch, scratch);
   product_with_lanes<T, Target::MaxLanes, Target>(p, packed, rows, batch, scratch);
 }
 
@@ -392,9 +396,10 @@ int64_t sampled_scratch(const SampledBlocks<T>& s) {
 
 template <typename T, class Target>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {packed_entry_size<T, Target>, pack_weights<T, Target>, product_scratch<T, Target>,
-          product<T, Target>,           panel_width<T, Target>,  pack_panels<T, Target::MaxLanes>,
-          sampled_scratch<T>,           sampled<T, Target>};
+  return {
+      packed_entry_size<T, Target>,  pack_weights<T, Target>,          product_scratch<T, Target>, product<T, Target>,
+      panel_width<T, Target>,        pack_panels<T, Target::MaxLanes>, sampled_scratch<T>,         sampled<T, Target>,
+      sampled_uses_lanes<T, Target>, pack_lanes<T, Target::MaxLanes>,  sampled_by_lanes<T, Target>};
 }
 
 }  // namespace
