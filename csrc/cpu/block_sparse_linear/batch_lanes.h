@@ -48,20 +48,22 @@ int64_t batch_lanes_scratch(const BlockProduct<T>& p) {
   return most_tile_vectors * Target::MaxLanes * (p.in_features + rows_together<T, Target>(p) * p.block_out);
 }
 
-// Outputs o .. o + O of a block row, to out [O][B L].
+// Outputs o .. o + O of a block row, to out [O][B L]. Inlined, its sums and pointers would compete with the caller's
+// for registers: a sixth of the speed of blocks of four.
 template <typename T, int L, int B, int O>
-void lane_outputs(const BlockProduct<T>& p, const T* inputs, int64_t row, int64_t o, T* out) {
+__attribute__((noinline)) void lane_outputs(const BlockProduct<T>& p, const T* inputs, int64_t row, int64_t o, T* out) {
   const int64_t w_out = p.transposed ? 1 : p.block_in, w_in = p.transposed ? p.block_out : 1;
+  const int64_t block_in = p.block_in, size = p.block_out * block_in, last = p.ptr[row + 1];
   const T* values = p.values + o * w_out;
   Vec<T, L> acc[O][B] = {};
   if (p.bias) {
     const T* bias = p.bias + row * p.block_out + o;
     COMPSPARSE_UNROLL for (int j = 0; j < O; ++j) COMPSPARSE_UNROLL for (int b = 0; b < B; ++b) acc[j][b] += bias[j];
   }
-  for (int64_t e = p.ptr[row]; e < p.ptr[row + 1]; ++e) {
-    const int64_t column = p.idx[e] * p.block_in;
-    multiply_panel<T, L, B, O>(values + p.slot[e] * p.block_out * p.block_in, w_out, w_in, inputs + column * B * L,
-                               min64(p.block_in, p.in_features - column), acc);
+  for (int64_t e = p.ptr[row]; e < last; ++e) {
+    const int64_t column = p.idx[e] * block_in;
+    multiply_panel<T, L, B, O>(values + p.slot[e] * size, w_out, w_in, inputs + column * B * L,
+                               min64(block_in, p.in_features - column), acc);
   }
   const bool relu = p.activation == Activation::relu;
   COMPSPARSE_UNROLL for (int j = 0; j < O; ++j) COMPSPARSE_UNROLL for (int b = 0; b < B; ++b) {
