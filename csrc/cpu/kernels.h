@@ -44,6 +44,9 @@ struct SumOf<Float16> {
 template <typename T>
 using Sum = typename SumOf<T>::type;
 
+// Lanes of the widest vector of any table: panels whose vector axis is the batch have a multiple of it in rows.
+constexpr int64_t batch_lanes = 16;
+
 // block_sparse_linear
 
 // y = act(x W^T + b). Block row r of W holds entries ptr[r]..ptr[r+1]; entry p sits in block column idx[p] and its
@@ -99,6 +102,13 @@ struct BlockSparseKernels {
                       Sum<T>* panels);
   int64_t (*sampled_scratch)(const SampledBlocks<T>&);
   void (*sampled)(const SampledBlocks<T>&, Range rows, Sum<T>* scratch);
+  // Where `sampled_uses_lanes`, not `sampled` but this: a panel holds the given features of `batch_rows` rows of a or b
+  // as [features][batch_rows rounded up to batch_lanes], and its share of the sums is stored, or added to what is
+  // there.
+  bool (*sampled_uses_lanes)(const SampledBlocks<T>&);
+  void (*pack_lanes)(const T* x, int64_t stride, int64_t batch_rows, Range features, Sum<T>* panel);
+  void (*sampled_by_lanes)(const SampledBlocks<T>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
+                           bool add, Range rows);
 };
 
 struct BlockSparseTable {

@@ -26,8 +26,8 @@ COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int
 // x [rows][features], rows `stride` apart, to a panel of `width` rows; lanes without a batch row are zero.
 template <typename T, int L>
 void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width, T* panel) {
-  for (int64_t f = 0; f < features; f += L)
-    for (int64_t n = 0; n < width; n += L)
+  for (int64_t n = 0; n < width; n += L)
+    for (int64_t f = 0; f < features; f += L)
       pack_square<T, L>(x + n * stride + f, stride, rows - n, features - f, width, panel + f * width + n);
 }
 

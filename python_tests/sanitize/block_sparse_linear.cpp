@@ -1,4 +1,5 @@
-// block_sparse_linear's tables: pack_weights, product, pack_panels, sampled, against plain loops.
+// block_sparse_linear's tables: pack_weights, product, pack_panels and sampled, pack_lanes and sampled_by_lanes,
+// against plain loops.
 #include "harness.h"
 
 namespace {
@@ -24,6 +25,7 @@ const Shape shapes[] = {
     {24, 40, 8, 8, 13, 0.4},      {21, 37, 8, 16, 6, 0.5},      {64, 48, 16, 16, 25, 0.4}, {50, 61, 16, 5, 12, 0.5},
     {33, 70, 33, 70, 9, 1.0},     {96, 96, 32, 32, 26, 0.5},    {70, 90, 32, 24, 5, 0.6},  {129, 130, 64, 48, 14, 0.6},
     {140, 140, 128, 128, 3, 1.0}, {127, 200, 127, 100, 2, 0.8}, {40, 40, 8, 8, 0, 0.5},    {40, 40, 8, 8, 5, 0.0},
+    {24, 40, 8, 8, 40, 0.4},      {21, 37, 4, 4, 149, 0.5},     {50, 61, 20, 5, 33, 0.5},  {127, 60, 61, 17, 35, 0.8},
 };
 
 double activated(double z, Activation activation) {
@@ -80,6 +82,27 @@ Buffer<Sum<T>> panels_of(const BlockSparseKernels<T>& kernel, const Buffer<T>& x
     kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, {s.batch * part / 2, s.batch * (part + 1) / 2},
                        panels.data());
   return panels;
+}
+
+// Two panels of the batch, each packed and summed in two parts.
+template <typename T>
+void run_sampled_by_lanes(const BlockSparseKernels<T>& kernel, const SampledBlocks<T>& s, const Buffer<T>& b,
+                          int64_t rows) {
+  for (int64_t panel = 0; panel < 2; ++panel) {
+    const int64_t begin = s.batch * panel / 2, count = s.batch * (panel + 1) / 2 - begin;
+    const int64_t width = (count + batch_lanes - 1) / batch_lanes * batch_lanes;
+    const auto a_panel = Buffer<Sum<T>>::unwritten(s.out_features * width);
+    const auto b_panel = Buffer<Sum<T>>::unwritten(s.in_features * width);
+    const auto pack = [&](const T* x, int64_t features, Sum<T>* to) {
+      for (int64_t part = 0; part < 2; ++part)
+        kernel.pack_lanes(x + begin * features, features, count, {features * part / 2, features * (part + 1) / 2}, to);
+    };
+    pack(s.a, s.out_features, a_panel.data());
+    pack(b.data(), s.in_features, b_panel.data());
+    for (int64_t part = 0; part < 2; ++part)
+      kernel.sampled_by_lanes(s, a_panel.data(), b_panel.data(), count, panel > 0,
+                              {rows * part / 2, rows * (part + 1) / 2});
+  }
 }
 
 template <typename T>
@@ -142,7 +165,9 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
       .block_out = s.block_out,
       .block_in = s.block_in,
   };
-  for (int64_t part = 0; part < 2; ++part) {
+  const bool by_lanes = kernel.sampled_uses_lanes(sampled);
+  if (by_lanes) run_sampled_by_lanes(kernel, sampled, b, s.rows());
+  for (int64_t part = 0; part < 2 && !by_lanes; ++part) {
     const auto scratch = Buffer<Sum<T>>::unwritten(kernel.sampled_scratch(sampled));
     kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
   }

@@ -28,6 +28,12 @@ void for_dtype(ScalarType dtype, const Run& run) {
   run(table.f32);
 }
 
+// Shares of the batch that fill whole vectors where it is the vector axis.
+Range share_of_batch(int64_t batch, int64_t part, int64_t parts) {
+  const Range tiles = equal_share((batch + batch_lanes - 1) / batch_lanes, part, parts);
+  return {tiles.begin * batch_lanes, std::min(tiles.end * batch_lanes, batch)};
+}
+
 // The batch is split first: its parts share nothing but the packed weights. Rows are split where the batch is short.
 template <typename T>
 void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, int64_t rows) {
@@ -42,7 +48,7 @@ void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, 
   for_each_part(batch_parts * row_parts, [&](int64_t part) {
     const auto scratch = make_scratch<Sum<T>>(kernel.product_scratch(p));
     kernel.product(p, packed.get(), balanced_rows(p.ptr, rows, 1, part % row_parts, row_parts),
-                   equal_share(p.batch, part / row_parts, batch_parts), scratch.get());
+                   share_of_batch(p.batch, part / row_parts, batch_parts), scratch.get());
   });
 }
 
@@ -100,10 +106,37 @@ void reduce_entries(const Sum<T>* entries, const int32_t* slot, int64_t num_entr
   });
 }
 
+// The batch goes through in panels of about equal size, few of them: the end of each costs as much as some rows.
+template <typename T>
+void run_sampled_by_lanes(const BlockSparseKernels<T>& kernel, const SampledBlocks<T>& s, const T* b, int64_t rows,
+                          int64_t parts) {
+  constexpr int64_t least_rows = 256;
+  const int64_t panels = std::max<int64_t>(s.batch / least_rows, 1);
+  const int64_t width = (s.batch + panels * batch_lanes - 1) / (panels * batch_lanes) * batch_lanes;
+  const auto a_panel = make_scratch<Sum<T>>(s.out_features * width);
+  const auto b_panel = make_scratch<Sum<T>>(s.in_features * width);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const auto [begin, end] = share_of_batch(s.batch, panel, panels);
+    const auto pack = [&](const T* x, int64_t features, int64_t part, Sum<T>* to) {
+      kernel.pack_lanes(x + begin * features, features, end - begin, equal_share(features, part, parts), to);
+    };
+    for_each_part(parts, [&](int64_t part) {
+      pack(s.a, s.out_features, part, a_panel.get());
+      pack(b, s.in_features, part, b_panel.get());
+    });
+    for_each_entry_share(s.ptr, rows, parts, [&, batch_rows = end - begin](const int64_t* ptr, Range some_rows) {
+      SampledBlocks<T> share = s;
+      share.ptr = ptr;
+      kernel.sampled_by_lanes(share, a_panel.get(), b_panel.get(), batch_rows, panel > 0, some_rows);
+    });
+  }
+}
+
 template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
+  if (kernel.sampled_uses_lanes(s)) return run_sampled_by_lanes(kernel, s, b, rows, parts);
   const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in;
   const auto panels = make_scratch<Sum<T>>(columns * kernel.panel_size(s.batch, s.block_in));
   s.b_panels = panels.get();

@@ -6,6 +6,7 @@
 //           arithmetic.
 //           Batches of a few rows are another matter: dots.h.
 // sampled:  a block [M outputs, R vectors of inputs] stays in registers over the batch: sampled.h.
+//           Blocks that do not fill whole vectors are another matter, for both products: batch_lanes.h.
 //
 // Both multiply elements (elements.h), which are float even where tensors are half precision. One element is always
 // summed by one thread in the same order (entries, then k; or batch rows), whatever the tile it falls in, so results do
@@ -15,6 +16,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "../shuffle.h"
+#include "batch_lanes.h"
 #include "dots.h"
 #include "elements.h"
 #include "sampled.h"
@@ -190,6 +192,7 @@ int64_t sums_scratch(const BlockProduct<T>& p) {
 
 template <typename T, class Target>
 int64_t product_scratch(const BlockProduct<T>& p) {
+  if (uses_batch_lanes<T, Target>(p)) return batch_lanes_scratch<T, Target>(p);
   const int64_t width = ceil_div(p.in_features, p.block_in) * block_elements<T, Target>(p);
   return sums_scratch<T, Target>(p) + (packs_inputs<T, Target>(p) ? chunk_rows<T, Target>(p) * width : 0);
 }
@@ -198,7 +201,7 @@ int64_t product_scratch(const BlockProduct<T>& p) {
 // stored blocks serve as they are.
 template <typename T, class Target>
 int64_t packed_entry_size(const BlockProduct<T>& p) {
-  if (uses_dots<T, Target>(p)) return 0;
+  if (uses_dots<T, Target>(p) || uses_batch_lanes<T, Target>(p)) return 0;
   const int64_t stride = round_up(p.block_out, lanes_for<Target>(p.block_out));
   constexpr bool serves = Target::AsStored && Target::Together == 1;
   return serves && p.transposed && stride == p.block_out ? 0 : block_elements<T, Target>(p) * stride;
@@ -299,13 +302,18 @@ void product_with_lanes(const BlockProduct<T>& p, const Sum<T>* packed, Range ro
 template <typename T, class Target>
 void product(const BlockProduct<T>& p, const Sum<T>* packed, Range rows, Range batch, Sum<T>* scratch) {
   if (uses_dots<T, Target>(p)) return product_by_dots<T, Target::MaxLanes, Target>(p, rows, batch);
+  if constexpr (!narrows<T>) {
+    if (uses_batch_lanes<T, Target>(p)) return product_by_batch_lanes<T, Target>(p, rows, batch, scratch);
+  }
   product_with_lanes<T, Target::MaxLanes, Target>(p, packed, rows, batch, scratch);
 }
 
 template <class Target, typename T = typename Target::T>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {packed_entry_size<T, Target>, pack_weights<T, Target>, product_scratch<T, Target>, product<T, Target>,
-          panel_size<Target>,           pack_panels<Target>,     sampled_scratch<T, Target>, sampled<T, Target>};
+  return {packed_entry_size<T, Target>, pack_weights<T, Target>,    product_scratch<T, Target>,
+          product<T, Target>,           panel_size<Target>,         pack_panels<Target>,
+          sampled_scratch<T, Target>,   sampled<T, Target>,         sampled_uses_lanes<T, Target>,
+          pack_lanes<T, Target>,        sampled_by_lanes<T, Target>};
 }
 
 }  // namespace
