@@ -150,6 +150,19 @@ def test_fma_rounds_once(type_name):
     assert as_values(got, type_name) == [rounded_once(value, type_name) for value in exact]
 
 
+@pytest.mark.parametrize("type_name", ["f16", "bf16"])
+def test_float32_sums_take_operands_of_half_precision(type_name):
+    rng = np.random.default_rng(5)
+    x, y, z = (rng.normal(size=32).astype(np.float32) for _ in range(3))
+    bits = [f32_to_bf16(part) if type_name == "bf16" else part.astype(np.float16) for part in (x, y)]
+    x, y = (bf16_to_f32(part) if type_name == "bf16" else part.astype(np.float32) for part in bits)
+    half = (type_name, bits[0])
+    assert np.array_equal(evaluate(f"add.rn.f32.{type_name} %d, %a, %b;", "f32", half, ("f32", z)), x + z)
+    assert np.array_equal(evaluate(f"sub.rn.f32.{type_name} %d, %a, %b;", "f32", half, ("f32", z)), x - z)
+    got = evaluate(f"fma.rn.f32.{type_name} %d, %a, %b, %c;", "f32", half, (type_name, bits[1]), ("f32", z))
+    assert np.array_equal(got, (x.astype(np.float64) * y + z).astype(np.float32))
+
+
 def test_fma_rounds_once_where_float64_would_round_twice():
     """1 + 2^-24 + 2^-60: float64 drops the last term, and the tie then goes down to 1."""
     x, y, z = 1 + 2.0**-12, 1 + 2.0**-12, 2.0**-60

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from python_tests.gpu.ptx.snippets import evaluate
-from python_tests.gpu.ptx.types import width
+from python_tests.gpu.ptx.types import f32_to_bf16, width
 
 WORDS = np.random.default_rng(0).integers(0, 2**32, 64, dtype=np.uint32)
 LONG_WORDS = np.random.default_rng(1).integers(0, 2**63, 64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -155,6 +155,22 @@ def test_comparisons_of_floats_know_nan(type_name, operator, suffix):
         is_unordered = math.isnan(left) or math.isnan(right)
         expected.append(int(suffix == "u") if is_unordered else int(COMPARE[operator](left, right)))
     assert got.tolist() == expected
+
+
+@pytest.mark.parametrize("operator", list(COMPARE))
+@pytest.mark.parametrize("type_name", ["f16x2", "bf16x2"])
+def test_pairs_are_compared_into_two_predicates(type_name, operator):
+    numbers = [-2.0, 0.0, 1.0, np.nan]
+    low, high = (list(values) for values in zip(*itertools.product(numbers, numbers), strict=True))
+    pairs = np.array([low, high], np.float32).T
+    halves = f32_to_bf16(pairs) if type_name == "bf16x2" else pairs.astype(np.float16).view(np.uint16)
+    text = f"""setp.{operator}.{type_name} %q0|%q1, %a, 0;
+    selp.b32 %r0, 1, 0, %q0; selp.b32 %r1, 2, 0, %q1; add.s32 %d, %r0, %r1;"""
+    got = evaluate(text, "b32", ("b32", np.ascontiguousarray(halves).view(np.uint32)[:, 0]))
+    assert got.tolist() == [
+        int(COMPARE[operator](x, 0.0)) * (x == x) + 2 * int(COMPARE[operator](y, 0.0)) * (y == y)
+        for x, y in zip(low, high, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("operator", ["num", "nan"])

@@ -400,9 +400,8 @@ def backward_kernel(
     tile = (tl.load(first + vertex) + c).to(tl.int64)[None, :] * lanes + n[:, None]
     stored = (c < channels)[None, :]
     if ACTIVATION == "relu":
-        acc = tl.where(
-            tl.load(slopes + tile, mask=stored, other=0.0) <= 0, 0.0, acc
-        )  # NaN lets it through, as in torch
+        value = tl.load(slopes + tile, mask=stored, other=0.0)
+        acc = tl.where(value <= 0, 0.0, acc)  # NaN lets it through, as in torch
     elif ACTIVATION != "none":
         acc *= tl.load(slopes + tile, mask=stored, other=0.0).to(tl.float32)
     acc = tl.where((n < batch)[:, None], acc, 0.0)

@@ -34,11 +34,28 @@ def arithmetic(block, instruction, function, count):
         raise UnsupportedPTX(f"modifiers {sorted(unknown)}")
     if type_name in PACKED:
         return _packed(block, instruction, function, count)
+    if is_mixed(instruction):
+        return _mixed(block, instruction, function, count)
     if modifiers & {"ftz", "sat"} and type_name == "f32":
         function = _modified(function, modifiers)
     elif "sat" in modifiers or "relu" in modifiers:
         raise UnsupportedPTX(f"modifiers {sorted(modifiers)} of .{type_name}")
     return elementwise(block, instruction, function, type_name, count)
+
+
+def is_mixed(instruction) -> bool:
+    """Blackwell's float32 sums, of which all operands but the last may be of half precision."""
+    return instruction.type in ("f16", "bf16") and "f32" in instruction.opcode
+
+
+def _mixed(block, instruction, function, count):
+    if "sat" in instruction.opcode:
+        raise UnsupportedPTX(f"modifier sat of .f32.{instruction.type}")
+    *halves, last = instruction.operands[1 : 1 + count]
+    reads = [reader(block, text, instruction.type) for text in halves]
+    addend = reader(block, last, "f32")
+    write = writer(block, instruction.operands[0], "f32")
+    return lambda mask: write(function(*(read().astype(np.float32) for read in reads), addend()), mask)
 
 
 def flush(values):
@@ -164,6 +181,7 @@ def high_half(x, y):
 def decode_fused(block, instruction):
     type_name = instruction.type
     scalar = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}.get(type_name, type_name)
+    scalar = "f32" if is_mixed(instruction) else scalar
     fused = {"f16": fused_f16, "bf16": fused_bf16, "f32": fused_f32, "f64": fused_f64}[scalar]
     if "relu" in instruction.opcode:
         raise UnsupportedPTX("modifier relu")

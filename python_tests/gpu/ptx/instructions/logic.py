@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from ..faults import UnsupportedPTX
 from ..operands import reader, writer
 from ..types import UNSIGNED, is_float, is_signed, width
+from .arithmetic import unpack_pair
 from .registry import elementwise, opcode
 
 BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
@@ -195,6 +197,8 @@ def decode_compare(block, instruction):
     first, second = (reader(block, text, type_name) for text in instruction.operands[1:3])
     names = instruction.operands[0].split("|")
     writes = [writer(block, name.strip(), "pred") for name in names]
+    if type_name in ("f16x2", "bf16x2"):
+        return _compare_pairs(block, instruction, _ordered(operator), writes)
     compare = _ordered(operator) if is_float(type_name) else COMPARISONS[UNSIGNED_COMPARISONS.get(operator, operator)]
     if len(instruction.operands) == 3:
         if len(writes) == 1:
@@ -204,6 +208,20 @@ def decode_compare(block, instruction):
     combine = COMBINATIONS[instruction.opcode[2]]
     third = reader(block, instruction.operands[3], "pred")
     return _both_outcomes(lambda: compare(first(), second()), lambda outcome: combine(outcome, third()), writes)
+
+
+def _compare_pairs(block, instruction, compare, writes):
+    """Low halves into the first predicate, high halves into the second."""
+    if len(instruction.operands) != 3 or len(writes) != 2:
+        raise UnsupportedPTX(f"setp.{instruction.type} with a third operand or one result")
+    first, second = (reader(block, text, "b32") for text in instruction.operands[1:3])
+
+    def execute(mask):
+        pairs = (unpack_pair(read(), instruction.type) for read in (first, second))
+        for write, outcome in zip(writes, compare(*pairs).T, strict=True):
+            write(outcome, mask)
+
+    return execute
 
 
 def _both_outcomes(compare, combine, writes):
