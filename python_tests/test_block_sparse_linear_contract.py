@@ -381,3 +381,11 @@ def test_autocast_checks_arguments_too():
     layout = BlockLayout.from_mask(torch.ones(1, 1, dtype=torch.bool), (4, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="bias: expected tensor"):
         block_sparse_linear(torch.eye(4), torch.randn(1, 4, 4), layout, [1])
+
+
+def test_autocast_leaves_float64_alone():
+    layout = BlockLayout.from_mask(torch.eye(3, dtype=torch.bool), (4, 8))
+    x, values = torch.randn(5, 24, dtype=torch.float64), torch.randn(layout.values_shape, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block_sparse_linear(x, values, layout)
+    assert torch.equal(y, block_sparse_linear(x, values, layout))

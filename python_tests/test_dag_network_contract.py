@@ -199,7 +199,7 @@ def test_autocast_leaves_float64_alone():
     inputs = dag_inputs(LAYOUT, 4, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = network(LAYOUT)(*inputs)
-    assert torch.equal(y, network(LAYOUT)(*inputs).bfloat16())
+    assert torch.equal(y, network(LAYOUT)(*inputs))
 
 
 # ---- backends
@@ -289,3 +289,12 @@ def test_errors_under_autocast_are_the_same():
                 continue  # autocast makes it float32
             with pytest.raises(error, match="^" + re.escape(message)):
                 wrong()
+
+
+def test_second_derivatives_do_not_obey_the_autocast_around_them():
+    inputs = [tensor.requires_grad_() for tensor in dag_inputs(LAYOUT, 4)]
+    plain = torch.autograd.grad(network(LAYOUT)(*inputs).sum(), inputs[0])[0]
+    y = network(LAYOUT)(*inputs).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = torch.autograd.grad(y, inputs[0], create_graph=True)[0]
+    assert again.dtype == torch.float32 and torch.allclose(again, plain, rtol=1e-4, atol=1e-6)

@@ -54,6 +54,11 @@ def compute_dtype(op: str, device: str) -> torch.dtype:
     return wanted if wanted in dtypes_on(device, op) else torch.float32
 
 
+def round_to(dtype: torch.dtype, result: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of a result: its own dtype, but float64 stays, as with torch's ops."""
+    return result if result.dtype == torch.float64 else result.to(dtype)
+
+
 def autocast_to(dtype: torch.dtype, tensor: torch.Tensor | None) -> torch.Tensor | None:
     """What autocast makes of an argument: float32 and half precision become ``dtype``, everything else stays."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -11,7 +11,7 @@ from torch import Tensor, is_autocast_enabled, strided
 from torch.autograd import forward_ad
 
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import autocast_to, check_dtype, check_same, compute_dtype
+from compsparse_kernels.ops.arguments import autocast_to, check_dtype, check_same, compute_dtype, round_to
 
 
 def is_usual_product(x, values, bias, layout, index, dtypes) -> bool:
@@ -70,10 +70,10 @@ def check_product(op: str, x, values, bias, layout, layout_type: type) -> None:
         require(False, "values", f"tensor {list(layout.values_shape)}", describe(values))
     if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (layout.out_features,)):
         require(False, "bias", f"tensor [{layout.out_features}] or None", describe(bias))
+    check_dtype("x", x, op)
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None:
             check_same(name, tensor, "x", x)
-    check_dtype("x", x, op)
     _check_layout_device(layout, "x", x)
 
 
@@ -99,4 +99,4 @@ def product_under_autocast(op: str, product: Callable, x, values, bias) -> Tenso
     device = x.device.type
     dtype, compute = torch.get_autocast_dtype(device), compute_dtype(op, device)
     with torch.autocast(device, enabled=False):
-        return product(*(autocast_to(compute, tensor) for tensor in (x, values, bias))).to(dtype)
+        return round_to(dtype, product(*(autocast_to(compute, tensor) for tensor in (x, values, bias))))

@@ -37,7 +37,7 @@ def block_sparse_linear(
 
     Args:
         x: ``[..., in_features]``, float32, float64, float16 or bfloat16; half precision is summed in float32 and
-            rounded once.
+            rounded once (before gelu and silu too where a gradient is wanted: torch applies them then).
         values: the blocks, ``[num_slots, block_out, block_in]`` (see :meth:`BlockLayout.pack`), dtype of ``x``.
         layout: which blocks the weight has.
         bias: ``[out_features]`` or None.

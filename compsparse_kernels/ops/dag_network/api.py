@@ -13,6 +13,7 @@ from compsparse_kernels.ops.arguments import (
     check_same,
     compute_dtype,
     refuse_forward_mode,
+    round_to,
 )
 from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.dag_network import contract, reference  # noqa: F401  (contract defines the ops)
@@ -53,7 +54,7 @@ def dag_network(
 
     Returns:
         ``[..., out_features]``, the channels of the sinks. Gradients reach ``x``, ``weights`` and ``biases``; higher
-        derivatives too, through the reference.
+        derivatives too, through the reference, which keeps every activation.
 
     Under autocast the output has autocast's dtype; on the CPU it is computed in float32.
 
@@ -124,7 +125,8 @@ class _DAGNetwork(torch.autograd.Function):
 
 def _differentiable(grad, x, parameters, kinds, layout, activation, needs):
     inputs = [tensor for tensor, need in zip((x, *parameters), (needs[0], *needs[4:]), strict=True) if need]
-    y = reference.dag_network(x, *_arguments(parameters[:kinds], parameters[kinds:], layout, activation))
+    with torch.autocast(x.device.type, enabled=False):  # the forward has left it, whatever surrounds the backward
+        y = reference.dag_network(x, *_arguments(parameters[:kinds], parameters[kinds:], layout, activation))
     grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True, materialize_grads=True))
     return [next(grads) if need else None for need in (needs[0], *needs[4:])]
 
@@ -134,7 +136,7 @@ def _under_autocast(x, weights, layout, biases, activation, backend):
     dtype, compute = torch.get_autocast_dtype(device), compute_dtype("dag_network", device)
     with torch.autocast(device, enabled=False):
         x, weights, biases = autocast_to(compute, x), _all_to(compute, weights), _all_to(compute, biases)
-        return dag_network(x, weights, layout, biases, activation, backend=backend).to(dtype)
+        return round_to(dtype, dag_network(x, weights, layout, biases, activation, backend=backend))
 
 
 def _all_to(dtype, tensors):
@@ -147,9 +149,9 @@ def _check(x, weights, layout, biases, activation):
     ok = isinstance(x, torch.Tensor) and x.dim() >= 1 and x.shape[-1] == layout.in_features
     if not ok:
         require(False, "x", f"tensor [..., {layout.in_features}]", describe(x))
+    check_dtype("x", x, "dag_network")
     weights = _checked_parameters("weights", weights, layout.weight_shapes, x)
     biases = [] if biases is None else _checked_parameters("biases", biases, layout.bias_shapes, x)
-    check_dtype("x", x, "dag_network")
     if x.device != layout.device:
         require(False, "layout", f"on {x.device}, like x (layout.to(device))", f"one on {layout.device}")
     if activation not in ACTIVATIONS:
