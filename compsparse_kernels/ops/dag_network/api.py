@@ -127,7 +127,7 @@ def _differentiable(grad, x, parameters, kinds, layout, activation, needs):
     inputs = [tensor for tensor, need in zip((x, *parameters), (needs[0], *needs[4:]), strict=True) if need]
     with torch.autocast(x.device.type, enabled=False):  # the forward has left it, whatever surrounds the backward
         y = reference.dag_network(x, *_arguments(parameters[:kinds], parameters[kinds:], layout, activation))
-    grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True, materialize_grads=True))
+        grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True, materialize_grads=True))
     return [next(grads) if need else None for need in (needs[0], *needs[4:])]
 
 
