@@ -5,11 +5,14 @@ compsparse_kernels._C_cuda  CUDA kernels, where CUDA's compiler and a torch buil
 compsparse_kernels._layout  index arrays from masks and edge lists (pybind11, numpy)
 """
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_clib import build_clib
 
 try:
     import torch
@@ -42,6 +45,14 @@ BIND_FLAGS = [
 CUDA_ARCHITECTURES = {"80": (11, 0), "90": (11, 8), "100": (12, 8)}  # and the first CUDA whose compiler knows them
 HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/**/*.h"))]
 CUDA_HEADERS = [str(path) for path in sorted(CSRC.glob("cuda/**/*.*h"))]
+
+
+class BuildArchives(build_clib):
+    """Archives side by side: each is one source, and there are many."""
+
+    def build_libraries(self, libraries):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda library: super(BuildArchives, self).build_libraries([library]), libraries))
 
 
 def kernel_archives():
@@ -84,5 +95,5 @@ layout = Pybind11Extension("compsparse_kernels._layout", [str(CSRC / "layout.cpp
 setup(
     libraries=kernel_archives(),
     ext_modules=[bindings, *cuda_bindings(), layout],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_clib": BuildArchives},
 )

@@ -54,7 +54,8 @@ COMPSPARSE_INLINE Vec<T, L> fold(Vec<T, L> a, Vec<T, L> b) {
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<T, L> load_partial(const T* p, int64_t count) {
   Vec<T, L> v = {};
-  for (int64_t i = 0; i < L && i < count; ++i) v[i] = p[i];
+  for (int64_t i = 0; i < L; ++i)
+    if (i < count) v[i] = p[i];
   return v;
 }
 

@@ -173,7 +173,8 @@ def test_on_a_gpu_the_same_public_call_takes_half_precision():
         assert sampled_block_matmul(y, x, layout).shape == layout.values_shape
 
 
-def test_autocast_on_a_gpu_computes_in_half_precision_where_there_are_kernels_for_it():
+def test_autocast_computes_in_half_precision_where_there_are_kernels_for_it():
     assert compute_dtype("block_sparse_linear", "cuda") == torch.get_autocast_dtype("cuda") == torch.float16
     assert compute_dtype("threshold_attention", "cuda") == torch.float32
-    assert compute_dtype("block_sparse_linear", "cpu") == torch.float32
+    assert compute_dtype("block_sparse_linear", "cpu") == torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert compute_dtype("masked_linear", "cpu") == torch.float32

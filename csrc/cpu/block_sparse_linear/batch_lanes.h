@@ -2,9 +2,8 @@
 // of any width do. Not for half precision, which would have to be widened first.
 //
 // product:  a tile of B vectors of batch rows goes through all block rows while its inputs stay in cache. The outputs
-// of
-//           a block row, O at a time, stay in registers over all of its entries. Weights are read one by one, as
-//           stored.
+//           of a block row, O at a time, stay in registers over all of its entries. Weights are read one by one, as
+//           they are stored.
 // sampled:  O outputs by K inputs of a block, each a vector of sums over every L-th batch row, stay in registers over a
 //           panel of the batch; then each vector is summed.
 #pragma once
