@@ -17,87 +17,22 @@ from compsparse_kernels.testing import (
     THREADS,
     assert_within_budget,
     num_threads,
-    random_mask,
     random_tensor,
     run_in_subprocess,
 )
+from python_tests.block_sparse import (
+    ACTIVATIONS,
+    assert_all_within_budget,
+    assert_linear_right,
+    assert_sampled_right,
+    dense_linear,
+    make_inputs,
+    make_layout,
+    ours_linear,
+    output_and_gradients,
+)
 
 ALL_DTYPES = DTYPES + HALVES
-ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-
-
-def make_layout(out_features, in_features, block_shape, density=0.4, seed=0):
-    grid = (-(-out_features // block_shape[0]), -(-in_features // block_shape[1]))
-    return BlockLayout.from_mask(random_mask(*grid, density, seed), block_shape, in_features, out_features)
-
-
-def make_inputs(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):
-    """x, values, bias and the gradient of the output."""
-    shapes = ((batch, layout.in_features), layout.values_shape, (layout.out_features,), (batch, layout.out_features))
-    return [random_tensor(*shape, dtype=dtype, memory=memory, seed=seed + i) for i, shape in enumerate(shapes)]
-
-
-def dense_linear(layout, activation=None):
-    return lambda x, values, bias: ACTIVATIONS[activation](F.linear(x, layout.unpack(values), bias))
-
-
-def ours_linear(layout, activation=None):
-    return lambda x, values, bias: block_sparse_linear(x, values, layout, bias, activation)
-
-
-def magnitudes(layout, activation):
-    """On absolute inputs, what one rounding of each result is relative to.
-
-    Rounding z moves the derivative of a smooth activation by act''(z) dz, |act''| < 1: gradients get one more factor z.
-    """
-    linear = dense_linear(layout)
-
-    def function(*inputs):
-        z = linear(*inputs)
-        return z + (z**2 - z.detach() ** 2) / 2 if activation in ("gelu", "silu") else z
-
-    return function
-
-
-def output_and_gradients(function, inputs, grad, dtype):
-    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
-
-
-def assert_all_within_budget(ours, dense, magnitude, inputs, grad, names):
-    """Output and every gradient of ``ours``, in the dtype of the inputs, against ``dense``."""
-    results = output_and_gradients(ours, inputs, grad, grad.dtype)
-    peers = output_and_gradients(dense, inputs, grad, torch.float32 if grad.dtype == torch.float64 else grad.dtype)
-    exact = output_and_gradients(dense, inputs, grad, torch.float64)
-    sizes = output_and_gradients(magnitude, [tensor.abs() for tensor in inputs], grad.abs(), torch.float64)
-    for name, result, *others in zip(names, results, peers, exact, sizes, strict=True):
-        assert result.dtype == grad.dtype
-        assert_within_budget(result, others[0], others[1], name, magnitude=others[2])
-
-
-def assert_linear_right(layout, inputs, activation=None):
-    x, values, bias, grad = inputs
-    if activation == "relu":  # next to the kink, rounding decides which derivative is right
-        z = dense_linear(layout)(x.double(), values.double(), bias.double())
-        grad = grad * (z.abs() > 1e-3)
-    functions = ours_linear(layout, activation), dense_linear(layout, activation), magnitudes(layout, activation)
-    names = ("output", "gradient of x", "gradient of values", "gradient of bias")
-    assert_all_within_budget(*functions, (x, values, bias), grad, names)
-
-
-def assert_sampled_right(layout, a, b, grad):
-    def ours(a, b):
-        return sampled_block_matmul(a, b, layout)
-
-    def dense(a, b):
-        """Entries that share a slot add up, as in the gradient of unpack."""
-        zeros = torch.zeros(layout.values_shape, dtype=a.dtype, requires_grad=True)
-        unpacked = layout.unpack(zeros)
-        return torch.autograd.grad(unpacked, zeros, a.mT @ b, create_graph=True)[0]
-
-    names = ("output", "gradient of a", "gradient of b")
-    assert_all_within_budget(ours, dense, dense, (a, b), grad, names)
 
 
 # ---- shapes
@@ -348,87 +283,6 @@ def test_what_no_block_reads_is_skipped(batch):
     assert dense_linear(layout)(x, values, bias).isnan().all()
 
 
-# ---- half precision
-
-
-def finite_numbers(dtype):
-    """Every finite number of a half precision dtype, ``[512, 128]``."""
-    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(512, 128)
-    return numbers.where(numbers.isfinite(), 0)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("block", [4, 8, 32])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_is_rounded_once(dtype, block, transposed):
-    """A product of two halves is exact in float32, so what comes out is that, rounded: ties, overflow, subnormals."""
-    layout = BlockLayout.from_mask(torch.eye(128 // block, dtype=torch.bool), (block, block))
-    layout = layout.T if transposed else layout
-    scale = random_tensor(128, dtype=dtype) * 2
-    values = layout.pack(torch.diag(scale))
-    for x in (finite_numbers(dtype), finite_numbers(dtype)[7::79]):  # many rows, and few
-        exact = x.float() * scale.float()
-        ours, expected = block_sparse_linear(x, values, layout), exact.to(dtype)
-        same = ours == expected
-        if cpu_isa() == "avx512_bf16" and dtype == torch.bfloat16:  # its instruction takes subnormal numbers as 0
-            tiny = torch.finfo(dtype).tiny
-            same |= (ours == 0) & ((x.abs() < tiny) | (expected.abs() <= tiny))
-        assert same.all()
-
-
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_fused_activation_is_that_of_the_sums_in_half_precision(dtype, activation):
-    """Not of the rounded output: so the error is half a unit of the result, and a little of float32."""
-    layout = make_layout(61, 90, (16, 8))
-    for batch in (3, 37):
-        x, values, bias, _ = make_inputs(layout, batch, dtype)
-        ours = block_sparse_linear(x, values, layout, bias, activation).double()
-        exact = dense_linear(layout, activation)(x.double(), values.double(), bias.double())
-        half_a_unit = exact.abs() * torch.finfo(dtype).eps / 2
-        assert bool(((ours - exact).abs() <= half_a_unit + 1e-5).all())
-
-
-@pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (3, 5), (7, 12), (32, 20)], ids=str)
-@pytest.mark.parametrize("batch", [3, 21])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_nan_and_infinity_pass_through_half_precision(dtype, batch, block_shape):
-    """They reach what dense torch lets them reach, and nothing else: not over the edge of an odd block or batch."""
-    layout = BlockLayout.from_mask(torch.ones(3, 3, dtype=torch.bool), block_shape, 3 * block_shape[1] - 1)
-    x, values, bias, grad = make_inputs(layout, batch, dtype)
-    x[0, 0], x[1, -1] = float("nan"), float("inf")
-    grad[-1, -1] = float("inf")
-    results = output_and_gradients(ours_linear(layout), (x, values, bias), grad, dtype)
-    expected = output_and_gradients(dense_linear(layout), (x, values, bias), grad, torch.float64)
-    for ours, exact in zip(results, expected, strict=True):
-        assert not exact.isfinite().all()
-        torch.testing.assert_close(ours.isnan(), exact.isnan())
-        torch.testing.assert_close(ours.isinf() * ours.sign(), (exact.isinf() * exact.sign()).to(dtype), equal_nan=True)
-
-
-@pytest.mark.parametrize("batch", [3, 21])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_may_begin_anywhere(dtype, batch):
-    """A view that begins at an odd element is contiguous, but pairs of its numbers lie across words."""
-    layout = make_layout(48, 64, (16, 16))
-    inputs = make_inputs(layout, batch, dtype)
-    shifted = [torch.cat([tensor.new_ones(1), tensor.flatten()])[1:].view(tensor.shape) for tensor in inputs]
-    assert all(tensor.is_contiguous() and tensor.data_ptr() % 4 == 2 for tensor in shifted)
-    results = output_and_gradients(ours_linear(layout), inputs[:3], inputs[3], dtype)
-    others = [block_sparse_linear(*shifted[:2], layout, shifted[2])]
-    others.append(block_sparse_linear(shifted[3], shifted[1], layout.T))
-    others.append(sampled_block_matmul(shifted[3], shifted[0], layout))
-    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=False))
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_shared_blocks_are_added_up_before_they_are_rounded_to_half_precision(dtype):
-    """300 entries of one slot: a running sum in half precision would stop growing at 256 of bfloat16's units."""
-    layout = BlockLayout.from_entries(*[torch.arange(300)] * 2, (2, 2), 600, 600, slot=torch.zeros(300).long())
-    ones = torch.ones(1, 600, dtype=dtype)
-    assert torch.equal(sampled_block_matmul(ones, ones, layout), torch.full((1, 2, 2), 300.0).to(dtype))
-
-
 # ---- convolutions are layouts with shared slots
 
 
@@ -547,14 +401,15 @@ def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, dtype):
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
-    """The tests of this file that depend on it, in a process whose kernels are capped to a narrower instruction set."""
+    """The tests that depend on it, in a process whose kernels are capped to a narrower instruction set."""
     tests = "blocks or activations or memory or slots or ragged or any_shape or threads or half"
+    files = [__file__, __file__.replace(".py", "_half.py")]
     code = f"""
 import sys
 import pytest
 from compsparse_kernels.ops import cpu_isa
 assert cpu_isa() == {isa!r}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, {__file__!r}]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, *{files!r}]))
 """
     run_in_subprocess(code, isa=isa)
 

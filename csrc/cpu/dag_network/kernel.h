@@ -156,7 +156,7 @@ template <typename T, int L, int V, class Tile>
 void weight_panel(const Tile& t, int64_t i, int64_t o, int64_t outputs, T* sums, int64_t stride) {
   constexpr int K = V == 1 ? 16 : 8;  // 16 sums in flight hide the multiplier's latency
   const int32_t* node = t.node(i);
-  alignas(64) T gradient[Tile::Rows * V * L] = {};
+  alignas(64) T gradient[Tile::Rows * V * L];
   pack_panel<T, L>(t.column(node[2] + o), t.Rows, outputs, t.Rows, V * L, gradient);
   Vec<T, L> bias[V] = {};
   for (int64_t n = 0; n < t.valid; ++n)
