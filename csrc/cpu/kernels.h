@@ -88,6 +88,15 @@ struct SampledBlocks {
 };
 
 // Packed operands are elements of the size of a sum: one input, widened, or two of half that size.
+// out = act(z), or grad * act'(z) where there is a gradient; gelu and silu.
+template <typename T>
+struct ActivatedValues {
+  const T* z;
+  const T* grad;  // or null
+  T* out;
+  Activation activation;
+};
+
 template <typename T>
 struct BlockSparseKernels {
   // Weights as the product reads them: `packed_entry_size` elements an entry, or 0 where it reads them as stored.
@@ -109,6 +118,7 @@ struct BlockSparseKernels {
   void (*pack_lanes)(const T* x, int64_t stride, int64_t batch_rows, Range features, Sum<T>* panel);
   void (*sampled_by_lanes)(const SampledBlocks<T>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
                            bool add, Range rows);
+  void (*activated)(const ActivatedValues<T>&, Range elements);
 };
 
 struct BlockSparseTable {

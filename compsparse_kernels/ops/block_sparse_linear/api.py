@@ -17,6 +17,7 @@ from compsparse_kernels.ops.linear_arguments import (
 
 _product = torch.ops.compsparse.block_sparse_linear.default
 _sampled = torch.ops.compsparse.sampled_block_matmul.default
+_activated = torch.ops.compsparse.activated.default
 _CPU_DTYPES = dtypes_on("cpu", "block_sparse_linear")
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
@@ -37,7 +38,7 @@ def block_sparse_linear(
 
     Args:
         x: ``[..., in_features]``, float32, float64, float16 or bfloat16; half precision is summed in float32 and
-            rounded once (before gelu and silu too where a gradient is wanted: torch applies them then).
+            rounded once (before gelu and silu too where a gradient is wanted, which keeps what they read).
         values: the blocks, ``[num_slots, block_out, block_in]`` (see :meth:`BlockLayout.pack`), dtype of ``x``.
         layout: which blocks the weight has.
         bias: ``[out_features]`` or None.
@@ -123,10 +124,29 @@ def _linear(x, values, bias, order, other, out_features, transposed, activation)
     if not (wanted and torch.is_grad_enabled()):
         ptr, idx, slot = order
         return _product(x, values, bias, ptr, idx, slot, out_features, transposed, activation)
-    # relu's derivative needs only the output, so it stays fused; the others' inputs are kept by torch.
+    # relu's derivative needs only the output, so it stays fused; the others' inputs are kept.
     fused = activation if activation == "relu" else "none"
     y = _BlockSparseLinear.apply(x, values, bias, order, other, out_features, transposed, fused)
-    return y if fused == activation else reference.ACTIVATIONS[activation](y)
+    return y if fused == activation else _Activated.apply(y, activation)
+
+
+class _Activated(torch.autograd.Function):
+    """gelu and silu by our own kernels: the last bits of torch's depend on the number of threads."""
+
+    @staticmethod
+    def forward(ctx, z, activation):
+        ctx.save_for_backward(z)
+        ctx.activation = activation
+        return _activated(z, None, activation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (z,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _activated(z, grad, ctx.activation), None
+        with torch.autocast(z.device.type, enabled=False):  # for a second derivative: as torch would differentiate it
+            y = reference.ACTIVATIONS[ctx.activation](z)
+            return torch.autograd.grad(y, z, grad, create_graph=True)[0], None
 
 
 def _sampled_blocks(a, b, order, other, shape):

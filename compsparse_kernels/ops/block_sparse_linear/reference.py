@@ -21,6 +21,14 @@ def sampled_block_matmul(a, b, ptr, idx, slot, num_slots, shared, block_out, blo
     return entries.new_zeros(num_slots, block_out, block_in).index_add(0, slot.long(), entries)
 
 
+def activated(z, grad, activation):
+    """``act(z)``, or ``grad * act'(z)``."""
+    if grad is None:
+        return ACTIVATIONS[activation](z).contiguous()
+    backward = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward}[activation]
+    return backward(grad, z).contiguous()
+
+
 def _rows(ptr):
     return torch.arange(len(ptr) - 1, device=ptr.device).repeat_interleave(ptr.diff())
 

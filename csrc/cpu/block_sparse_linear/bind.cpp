@@ -182,10 +182,28 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
   return values;
 }
 
+Tensor activated(const Tensor& z, const std::optional<Tensor>& grad, std::string activation) {
+  const Tensor input = as_contiguous(z);
+  std::optional<Tensor> gradient;
+  if (grad) gradient = as_contiguous(*grad);
+  Tensor out = new_tensor(z, {z.size(0), z.size(1)});
+  const int64_t size = z.size(0) * z.size(1), parts = parts_for(size * 16);  // about so many steps an element
+  const auto run = [&]<typename T>(const BlockSparseKernels<T>& kernel) {
+    const ActivatedValues<T> a = {.z = static_cast<const T*>(input.data_ptr()),
+                                  .grad = gradient ? static_cast<const T*>(gradient->data_ptr()) : nullptr,
+                                  .out = static_cast<T*>(out.data_ptr()),
+                                  .activation = activation_from(activation)};
+    for_each_part(parts, [&](int64_t part) { kernel.activated(a, equal_share(size, part, parts)); });
+  };
+  for_dtype(z.scalar_type(), run);
+  return out;
+}
+
 }  // namespace
 }  // namespace compsparse
 
 STABLE_TORCH_LIBRARY_IMPL(compsparse, CPU, m) {
   m.impl("block_sparse_linear", TORCH_BOX(&compsparse::block_sparse_linear));
   m.impl("sampled_block_matmul", TORCH_BOX(&compsparse::sampled_block_matmul));
+  m.impl("activated", TORCH_BOX(&compsparse::activated));
 }

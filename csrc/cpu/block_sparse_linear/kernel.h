@@ -16,6 +16,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "../shuffle.h"
+#include "activate.h"
 #include "batch_lanes.h"
 #include "dots.h"
 #include "elements.h"
@@ -310,10 +311,10 @@ void product(const BlockProduct<T>& p, const Sum<T>* packed, Range rows, Range b
 
 template <class Target, typename T = typename Target::T>
 constexpr BlockSparseKernels<T> block_sparse_kernels() {
-  return {packed_entry_size<T, Target>, pack_weights<T, Target>,    product_scratch<T, Target>,
-          product<T, Target>,           panel_size<Target>,         pack_panels<Target>,
-          sampled_scratch<T, Target>,   sampled<T, Target>,         sampled_uses_lanes<T, Target>,
-          pack_lanes<T, Target>,        sampled_by_lanes<T, Target>};
+  return {packed_entry_size<T, Target>, pack_weights<T, Target>,     product_scratch<T, Target>,
+          product<T, Target>,           panel_size<Target>,          pack_panels<Target>,
+          sampled_scratch<T, Target>,   sampled<T, Target>,          sampled_uses_lanes<T, Target>,
+          pack_lanes<T, Target>,        sampled_by_lanes<T, Target>, activated<T, Target>};
 }
 
 }  // namespace
