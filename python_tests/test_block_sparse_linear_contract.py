@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from compsparse_kernels import BlockLayout, block_sparse_linear, explain, sampled_block_matmul
 from compsparse_kernels.ops import OPS
-from compsparse_kernels.testing import DTYPES, HALVES, ISAS, random_mask, random_tensor
+from compsparse_kernels.testing import DTYPES, HALVES, ISAS, assert_within_budget, random_mask, random_tensor
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels here")
@@ -109,6 +109,26 @@ def test_opcheck(name, memory):
         a, b = make_pair(layout, **options)
         sampled = (a, b, *layout.by_output, layout.num_slots, layout.shared, *layout.block_shape)
         torch.library.opcheck(torch.ops.compsparse.sampled_block_matmul.default, sampled)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES + HALVES, ids=str)
+def test_activated(dtype, activation, memory):
+    """The op of training's gelu and silu: opcheck, and at most twice torch's error, values and gradients."""
+    z, grad = random_tensor(7, 61, dtype=dtype), random_tensor(7, 61, dtype=dtype, memory=memory, seed=1)
+    op = torch.ops.compsparse.activated.default
+    exact = z.double().requires_grad_()
+    y = ACTIVATIONS[activation](exact)
+    rounded = z.to(torch.float32 if dtype == torch.float64 else dtype).requires_grad_()
+    dense = ACTIVATIONS[activation](rounded)
+    results = [(None, dense, y)]
+    gradients = (torch.autograd.grad(out, at, grad.to(out.dtype))[0] for out, at in ((dense, rounded), (y, exact)))
+    results.append((grad, *gradients))
+    for given, peer, right in results:
+        torch.library.opcheck(op, (z, given, activation))
+        assert_within_budget(op(z, given, activation), peer.detach(), right.detach(), activation)
+    assert op(z[:0], None, activation).shape == (0, 61)
 
 
 def test_opcheck_without_blocks():

@@ -185,9 +185,28 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   sanitize::expect_equal(sums.data(), exact.data(), sums.size(), "sums of sampled " + s.name());
 }
 
+// silu and its gradient; gelu differs by formulas alone.
+template <typename T>
+void check_activated(const BlockSparseKernels<T>& kernel, int64_t size, std::mt19937& generator) {
+  const auto z = Buffer<T>::random(size, generator), grad = Buffer<T>::random(size, generator);
+  for (const bool backward : {false, true}) {
+    const auto out = Buffer<T>::unwritten(size);
+    const ActivatedValues<T> a = {z.data(), backward ? grad.data() : nullptr, out.data(), Activation::silu};
+    kernel.activated(a, {0, size / 2});
+    kernel.activated(a, {size / 2, size});
+    std::vector<double> exact(size);
+    for (int64_t i = 0; i < size; ++i) {
+      const double x = Number<T>::value(z[i]), share = 1 / (1 + exp(-x));
+      exact[i] = backward ? Number<T>::value(grad[i]) * share * (1 + x * (1 - share)) : x * share;
+    }
+    sanitize::expect_equal(out.data(), exact.data(), size, "activated " + std::to_string(size));
+  }
+}
+
 template <typename T>
 void check_kernels(const BlockSparseKernels<T>& kernel) {
   std::mt19937 generator(0);
+  for (const int64_t size : {0, 1, 7, 16, 61, 250}) check_activated(kernel, size, generator);
   for (const Shape& s : shapes) {
     const Pattern pattern = sanitize::random_pattern(s.rows(), s.columns(), s.density, generator);
     check_product(kernel, s, pattern, generator);
