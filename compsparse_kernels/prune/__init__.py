@@ -1,6 +1,7 @@
 """Pruning: which weights survive (masks by layer name), and models whose layers store only those."""
 
-from compsparse_kernels.prune.convert import convert, to_dense
+from compsparse_kernels.prune.convert import convert, to_dense, update_masks
 from compsparse_kernels.prune.magnitude import magnitude_masks
+from compsparse_kernels.prune.rewinding import rewind, snapshot
 
-__all__ = ["convert", "magnitude_masks", "to_dense"]
+__all__ = ["convert", "magnitude_masks", "rewind", "snapshot", "to_dense", "update_masks"]
