@@ -2,6 +2,16 @@
 
 from compsparse_kernels.prune.convert import convert, to_dense, update_masks
 from compsparse_kernels.prune.magnitude import magnitude_masks
+from compsparse_kernels.prune.masks import masks_from_torch, random_masks
 from compsparse_kernels.prune.rewinding import rewind, snapshot
 
-__all__ = ["convert", "magnitude_masks", "rewind", "snapshot", "to_dense", "update_masks"]
+__all__ = [
+    "convert",
+    "magnitude_masks",
+    "masks_from_torch",
+    "random_masks",
+    "rewind",
+    "snapshot",
+    "to_dense",
+    "update_masks",
+]
