@@ -1,5 +1,6 @@
 """What the tests of pruning share: a small net, optimizers, a training step, and state seen as dense."""
 
+import copy
 from functools import partial
 
 import torch
@@ -69,3 +70,38 @@ def dense_state(optimizer, layer):
     unpack = layer.layout.unpack if isinstance(layer, MaskedLinear) else torch.clone
     state = optimizer.state[weight]
     return {key: unpack(value) if value.shape == weight.shape else value for key, value in state.items()}
+
+
+class Twin:
+    """The dense net that simulates sparsity: W * M in the forward pass, W and its state set to 0 where M is."""
+
+    def __init__(self, dtype, make):
+        self.model = net(dtype)
+        self.optimizer = make(self.model.parameters())
+        self.masks = {name: torch.ones_like(self.model.get_submodule(name).weight) for name in NAMES}
+
+    def forward(self, x):
+        for name, layer in self.model.named_children():
+            x = F.linear(x, layer.weight * self.masks[name], layer.bias) if name in NAMES else layer(x)
+        return x
+
+    def step(self, k):
+        step(self.model, self.optimizer, k, self.forward)
+
+    def prune(self, masks):
+        self.masks = {name: mask.to(self.model[0].weight) for name, mask in masks.items()}
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                weight = self.model.get_submodule(name).weight
+                weight.mul_(mask)
+                for value in self.optimizer.state[weight].values():
+                    if value.shape == weight.shape:
+                        value.mul_(mask)
+
+    def save(self):
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+
+    def rewind(self, saved):
+        self.model.load_state_dict(saved[0])
+        self.optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        self.prune(self.masks)
