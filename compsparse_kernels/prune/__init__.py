@@ -4,12 +4,18 @@ from compsparse_kernels.prune.convert import convert, to_dense, update_masks
 from compsparse_kernels.prune.imp import IMP, Round
 from compsparse_kernels.prune.magnitude import magnitude_masks
 from compsparse_kernels.prune.masks import masks_from_torch, random_masks
+from compsparse_kernels.prune.regrowth import SET, RigL
 from compsparse_kernels.prune.rewinding import rewind, snapshot
+from compsparse_kernels.prune.schedules import GradualPruner, cubic_sparsity
 
 __all__ = [
     "IMP",
+    "SET",
+    "GradualPruner",
+    "RigL",
     "Round",
     "convert",
+    "cubic_sparsity",
     "magnitude_masks",
     "masks_from_torch",
     "random_masks",
