@@ -5,6 +5,7 @@ from compsparse_kernels.prune.imp import IMP, Round
 from compsparse_kernels.prune.magnitude import magnitude_masks
 from compsparse_kernels.prune.masks import masks_from_torch, random_masks
 from compsparse_kernels.prune.regrowth import SET, RigL
+from compsparse_kernels.prune.reporting import LayerReport, Report, Timing, report
 from compsparse_kernels.prune.rewinding import rewind, snapshot
 from compsparse_kernels.prune.schedules import GradualPruner, cubic_sparsity
 
@@ -12,13 +13,17 @@ __all__ = [
     "IMP",
     "SET",
     "GradualPruner",
+    "LayerReport",
+    "Report",
     "RigL",
     "Round",
+    "Timing",
     "convert",
     "cubic_sparsity",
     "magnitude_masks",
     "masks_from_torch",
     "random_masks",
+    "report",
     "rewind",
     "snapshot",
     "to_dense",
