@@ -104,7 +104,7 @@ class Report:
         return table
 
 
-def report(model: nn.Module, batch: int = 256, *, rounds: int = 9, show: bool = True) -> Report:
+def report(model: nn.Module, batch: int = 256, *, rounds: int = 15, show: bool = True) -> Report:
     """Time and memory of each :class:`MaskedLinear` layer against the dense layer it stands for, measured here and now.
 
     Both sides run in turn on the same random input, in ``rounds`` rounds. A layer is called faster, or slower, only if
