@@ -253,6 +253,8 @@ SGD = partial(torch.optim.SGD, lr=0.1)
             ValueError,
             r"fill\['0'\]: expected tensor \[18, 13\], got NoneType",
         ),
+        (lambda: prune.to_dense(tied()), ValueError, "model: layer '0': expected .* own, got one tied to .* of '1'"),
+        (lambda: lbfgs(), ValueError, r"optimizer: expected state 'd' of '0' to be .*, got 1-D float32 tensor"),
         (lambda: prune.to_dense(masked(), "adam"), TypeError, "optimizer: expected .*Optimizer or None, got str"),
         (
             lambda: prune.to_dense(masked(), SGD(net().parameters())),
@@ -283,6 +285,27 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def tied():
+    model = nn.Sequential(*(MaskedLinear(13, 18, MASK) for _ in range(2)))
+    model[1].values = model[0].values
+    return model
+
+
+def lbfgs():
+    """Its state belongs to the first parameter and speaks of all of them."""
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        loss = model(torch.ones(2, 13)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prune.convert(model, {"0": MASK}, optimizer=optimizer)
 
 
 def shared():

@@ -58,7 +58,7 @@ def convert(
         >>> from compsparse_kernels import prune
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), optimizer=optimizer)
+        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), "csr", optimizer)
         >>> type(model[0]).__name__, model[0].values.numel() < 600
         ('MaskedLinear', True)
         >>> optimizer.param_groups[0]["params"][0] is model[0].values
@@ -147,7 +147,7 @@ def to_dense(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     """
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     layers = masked_layers(model)
-    _check_parameters(model, layers, optimizer)
+    _check_parameters(model, layers, optimizer, "model: layer {!r}")
     return _replace(model, {layer: _to_linear(layer, optimizer) for layer in layers.values()})
 
 
@@ -155,9 +155,9 @@ def _checked_layers(model, masks):
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     require(isinstance(masks, Mapping), "masks", "dict of name: mask", type(masks).__name__, TypeError)
     layers = dict(model.named_modules(remove_duplicate=False))
+    known = ", ".join(prunable_layers(model))
     for name, mask in masks.items():
         argument = f"masks[{name!r}]"
-        known = ", ".join(prunable_layers(model))
         require(name in layers, argument, f"the name of a linear layer ({known})", "an unknown name")
         layer = layers[name]
         require(is_prunable(layer), argument, "a name of an nn.Linear or MaskedLinear", type(layer).__name__)
@@ -176,7 +176,7 @@ def _layouts(layers, masks, kind, block_shape):
     }
 
 
-def _check_parameters(model, layers, optimizer):
+def _check_parameters(model, layers, optimizer, argument="masks[{!r}]"):
     """Of each layer: a weight of its own, that is an ordinary Parameter, with state that can be remapped."""
     check_optimizer(optimizer)
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
@@ -184,11 +184,10 @@ def _check_parameters(model, layers, optimizer):
     require(not wrapped, "model", wanted, "the wrapper, which would not see new parameters")
     weights = []
     for name, layer in layers.items():
-        argument = f"masks[{name!r}]"
-        weight = weight_parameter(layer)
+        weight, this = weight_parameter(layer), argument.format(name)
         is_plain = weight is not None and "bias" in layer._parameters
-        require(is_plain, argument, "a layer whose weight and bias are Parameters", "a reparametrised one")
-        _check_untied(model, layer, weight, argument)
+        require(is_plain, this, "a layer whose weight and bias are Parameters", "a reparametrised one")
+        _check_untied(model, layer, weight, this)
         check_state(optimizer, name, weight)
         if weight.requires_grad:
             weights.append(weight)

@@ -17,7 +17,7 @@ from compsparse_kernels.prune.checkpoints import random_state, read, set_random_
 from compsparse_kernels.prune.convert import convert, to_dense
 from compsparse_kernels.prune.layers import masked_layers, prunable_layers
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
-from compsparse_kernels.prune.rewinding import rewind, snapshot
+from compsparse_kernels.prune.rewinding import optimizer_snapshot, restore_optimizer, rewind, snapshot
 
 Evaluation = float | dict[str, float] | None
 
@@ -59,8 +59,8 @@ class IMP:
             learning rate, a gradient scaler.
         directory: where to write a file per round, ``round_000.pt`` and so on. A file appears whole or not at all.
             Where some are there, :meth:`run` goes on after the last: give it the model and optimizer as newly made, and
-            the result is that of an uninterrupted run, to the bit, if ``step`` draws its random numbers from torch,
-            numpy's global generator or ``random``.
+            the result is that of an uninterrupted run on this machine, to the bit, if ``step`` draws its random numbers
+            from torch, numpy's global generator or ``random``.
         progress: show a bar (rich).
 
     Attributes:
@@ -155,7 +155,8 @@ class IMP:
         else:
             tick = begin(f"dense, before {self._rounds} rounds", steps)
             self._train(range(rewind_step), tick)
-            self._start = self._state()
+            others = [copy.deepcopy(one.state_dict()) for one in self._stateful]
+            self._start = {"training": snapshot(self.model, self.optimizer), "stateful": others}
         self._train(range(rewind_step, steps), tick)
         evaluation = self._evaluated()
         self.history.append(_round_of(self.model, number, evaluation, time.perf_counter() - started))
@@ -170,15 +171,11 @@ class IMP:
     def _prune(self, sparsity):
         masks = self._select(self.model, sparsity)
         self.model = convert(self.model, masks, optimizer=self.optimizer, **self._storage)
-        self._restore(self._start)
+        rewind(self.model, self._start["training"], self.optimizer)
+        self._restore_others(self._start["stateful"])
 
-    def _state(self):
-        others = [copy.deepcopy(one.state_dict()) for one in self._stateful]
-        return {"training": snapshot(self.model, self.optimizer), "stateful": others}
-
-    def _restore(self, state):
-        rewind(self.model, state["training"], self.optimizer)
-        for one, saved in zip(self._stateful, state["stateful"], strict=True):
+    def _restore_others(self, states):
+        for one, saved in zip(self._stateful, states, strict=True):
             one.load_state_dict(copy.deepcopy(saved))
 
     def _evaluated(self) -> Evaluation:
@@ -201,8 +198,10 @@ class IMP:
             {
                 "plan": self._plan,
                 "history": [dataclasses.asdict(done) for done in self.history],
-                "masks": {name: layer.layout.to_mask() for name, layer in masked_layers(self.model).items()},
-                "state": self._state(),
+                "masked": list(masked_layers(self.model)),
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_snapshot(self.model, self.optimizer),
+                "stateful": [one.state_dict() for one in self._stateful],
                 "start": self._start if number == 0 else None,  # written once: it is as large as the dense model
                 "random": random_state(),
             },
@@ -219,12 +218,21 @@ class IMP:
         require(done[0] == 0, "directory", "one with round_000.pt, where rounds rewind to", str(self._directory))
         self._start = read(self._file(0))["start"]
         self.history[:] = [Round(**entry) for entry in saved["history"]]
-        self.model = convert(
-            to_dense(self.model, self.optimizer), saved["masks"], optimizer=self.optimizer, **self._storage
-        )
-        self._restore(saved["state"])
+        self._restore_model(saved["masked"], saved["model"])
+        restore_optimizer(self.model, self.optimizer, saved["optimizer"])
+        self._restore_others(saved["stateful"])
         set_random_state(saved["random"])
         self._under_way = False
+
+    def _restore_model(self, masked, state):
+        """The state dict brings masks and kinds along: kind auto might choose others today."""
+        self.model = to_dense(self.model, self.optimizer)
+        layers = prunable_layers(self.model)
+        empty = {
+            name: torch.zeros(layers[name].out_features, layers[name].in_features, dtype=torch.bool) for name in masked
+        }
+        self.model = convert(self.model, empty, "csr", self.optimizer)
+        self.model.load_state_dict(state)
 
     def _file(self, number) -> Path:
         return self._directory / f"round_{number:03}.pt"
