@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compsparse_kernels import prune
+from compsparse_kernels.layouts.mask import KINDS as ALL_KINDS
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.testing import random_mask, random_tensor
 from python_tests.pruning import KINDS, NAMES, OPTIMIZERS, PER_WEIGHT, dense_state, masks_of, net, step, trained
@@ -69,6 +70,34 @@ def test_update_masks_keeps_survivors_and_starts_the_regrown_at_zero(first, seco
     step(model, optimizer, 6)  # the graph of the last loss is still alive
     assert loss.requires_grad and seen
     assert (layer.weight != before)[regrown].any() and not layer.weight[~new["0"]].any()
+
+
+@pytest.mark.skipif("nm" not in ALL_KINDS, reason="MaskLayout has no kind nm here")
+def test_groups_of_n_in_m():
+    """2:4, then 1:4 of what is left, then other 2:4 groups, and back to dense."""
+    model, optimizer = trained()
+    expected = {name: model.get_submodule(name).weight.detach().clone() for name in NAMES}
+    states = {name: copy.deepcopy(dense_state(optimizer, model.get_submodule(name))) for name in NAMES}
+    prune.convert(model, prune.magnitude_masks(model, nm=(2, 4)), "nm", optimizer)
+    wider = {name: layer.layout.to_mask().roll(1, 0) for name, layer in model.named_children() if name in NAMES}
+    rounds = [
+        {name: model.get_submodule(name).layout.to_mask() for name in NAMES},
+        prune.magnitude_masks(model, nm=(1, 4)),
+        wider,
+    ]
+    kept = {name: torch.ones_like(mask) for name, mask in wider.items()}
+    for masks in rounds:
+        prune.update_masks(model, masks, optimizer, kind="nm")
+        kept = {name: kept[name] & masks[name] for name in NAMES}
+        for name in NAMES:
+            layer = model.get_submodule(name)
+            assert layer.layout.kind == "nm" and torch.equal(layer.layout.to_mask(), masks[name])
+            assert torch.equal(layer.weight, expected[name] * kept[name])
+            for key, value in dense_state(optimizer, layer).items():
+                assert torch.equal(value, states[name][key] * kept[name] if value.dim() else states[name][key])
+    prune.to_dense(model, optimizer)
+    assert all(torch.equal(model.get_submodule(name).weight, expected[name] * kept[name]) for name in NAMES)
+    step(model, optimizer, 6)
 
 
 def test_regrown_entries_start_at_the_fill():
