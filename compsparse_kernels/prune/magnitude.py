@@ -94,14 +94,16 @@ def check_share(argument: str, value: object) -> None:
 def largest(magnitude: torch.Tensor, count: int) -> torch.Tensor:
     """bool ``[n]``: the ``count`` largest that are not ``DEAD``, of equal ones the earlier."""
     alive = magnitude != DEAD
-    if count >= int(alive.sum()):
+    values = magnitude[alive]
+    if count >= len(values):
         return alive
     if count == 0:
         return torch.zeros_like(alive)
-    smallest = magnitude.kthvalue(len(magnitude) - count + 1).values
+    smallest = values.kthvalue(len(values) - count + 1).values
     kept = magnitude > smallest
-    ties = magnitude == smallest
-    return kept | (ties & (ties.cumsum(0) <= count - kept.sum()))
+    missing = count - int(kept.count_nonzero())
+    kept[(magnitude == smallest).nonzero().flatten()[:missing]] = True
+    return kept
 
 
 def _checked_options(sparsity, scope, block_shape, norm, nm):
