@@ -25,12 +25,14 @@ def test_convert_and_back_keep_the_survivors_to_the_bit(name, kind):
     weights = {layer: model.get_submodule(layer).weight.detach().clone() for layer in NAMES}
     gradients = {layer: model.get_submodule(layer).weight.grad.clone() for layer in NAMES}
     masks = masks_of(0.4, seed=5)
+    biases = [layer.bias for layer in model if hasattr(layer, "bias")]
     prune.convert(model, masks, kind, optimizer)
     for back in (False, True):
         assert optimizer.param_groups is groups
         assert all(group["params"] is params for group, params in zip(groups, lists, strict=True))
         assert all(a is b for a, b in zip(lists[0], model.parameters(), strict=True))
         assert set(optimizer.state) == set(model.parameters())
+        assert all(layer.bias is bias for layer, bias in zip(model[::2], biases, strict=True))
         for layer, mask in masks.items():
             module = model.get_submodule(layer)
             state = dense_state(optimizer, module)

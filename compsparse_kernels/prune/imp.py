@@ -14,7 +14,7 @@ from torch import nn
 from compsparse_kernels.layouts.checks import check_positive_int, require
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.checkpoints import random_state, read, set_random_state, write
-from compsparse_kernels.prune.convert import convert, to_dense
+from compsparse_kernels.prune.convert import check_storage, convert, to_dense
 from compsparse_kernels.prune.layers import masked_layers, prunable_layers
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
 from compsparse_kernels.prune.rewinding import optimizer_snapshot, restore_optimizer, rewind, snapshot
@@ -41,7 +41,8 @@ class IMP:
     ``rewind_step`` of them. Each of ``rounds`` further rounds removes ``fraction`` of the weights that are left, takes
     the others and the optimizer back to step ``rewind_step``, and trains them from there to ``steps``. So round n
     trains at density :math:`(1 - \mathrm{fraction})^n` of what ``select`` prunes. Pruned layers are
-    :class:`MaskedLinear`: gradients and optimizer state exist for survivors only.
+    :class:`MaskedLinear`: gradients and optimizer state exist for survivors only. (The state that rounds are rewound to
+    is kept as well, and that is dense.)
 
     Args:
         model: trained in place. A model that is one linear layer becomes another object: use the attribute ``model``.
@@ -120,8 +121,11 @@ class IMP:
         is_int = isinstance(rewind_step, int) and not isinstance(rewind_step, bool)
         require(is_int, "rewind_step", f"an int in 0..{steps - 1}", repr(rewind_step), TypeError)
         require(0 <= rewind_step < steps, "rewind_step", f"an int in 0..{steps - 1}", rewind_step)
-        ok = isinstance(stateful, Sequence) and all(hasattr(one, "load_state_dict") for one in stateful)
+        ok = isinstance(stateful, Sequence) and all(
+            hasattr(one, name) for one in stateful for name in ("state_dict", "load_state_dict")
+        )
         require(ok, "stateful", "a list of objects with state_dict and load_state_dict", repr(stateful), TypeError)
+        check_storage(kind, block_shape)
         self.model, self.optimizer = model, optimizer
         self.history: list[Round] = []
         self._step, self._select, self._evaluate, self._stateful = step, select, evaluate, stateful
@@ -182,10 +186,12 @@ class IMP:
         if self._evaluate is None:
             return None
         modes = [(module, module.training) for module in self.model.modules()]
-        with torch.no_grad():
-            found = self._evaluate(self.model.eval())
-        for module, mode in modes:
-            module.training = mode
+        try:
+            with torch.no_grad():
+                found = self._evaluate(self.model.eval())
+        finally:
+            for module, mode in modes:
+                module.training = mode
         try:
             return {name: float(value) for name, value in found.items()} if isinstance(found, Mapping) else float(found)
         except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ from torch import distributed, nn
 
 from compsparse_kernels.layouts.checks import check_positive_int, require
 from compsparse_kernels.nn import MaskedLinear
-from compsparse_kernels.prune.convert import update_masks
+from compsparse_kernels.prune.convert import check_storage, update_masks
 from compsparse_kernels.prune.layers import masked_layers
 from compsparse_kernels.prune.magnitude import DEAD, check_share, largest, magnitude_of
 
@@ -24,6 +24,7 @@ class _DropAndGrow:
         is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         require(is_optimizer, "optimizer", "torch.optim.Optimizer", type(optimizer).__name__, TypeError)
         check_positive_int(every_name, every)
+        check_storage(kind, None)
         wanted = "one with MaskedLinear layers (prune.convert with prune.random_masks, say)"
         require(bool(masked_layers(model)), "model", wanted, "one without")
         self.model, self.optimizer = model, optimizer

@@ -15,7 +15,7 @@ PARTS = {"model", "optimizer"}
 
 @torch.no_grad()
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """A copy of parameters, buffers and optimizer as they are, whatever masks come later.
+    """A copy of parameters, persistent buffers and optimizer as they are, whatever masks come later.
 
     :class:`MaskedLinear` layers are written down as dense ``nn.Linear`` ones, their optimizer state as well.
 
