@@ -90,7 +90,7 @@ def test_schedulers_are_rewound_and_models_evaluated():
     model = nn.Sequential(nn.Linear(13, 18), nn.Dropout(), nn.Linear(18, 4))
     model[1].eval()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
 
     def train(model, optimizer, k):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -105,7 +105,7 @@ def test_schedulers_are_rewound_and_models_evaluated():
     history = prune.IMP(
         model, optimizer, train, steps=6, rounds=2, rewind_step=2, evaluate=evaluate, stateful=[scheduler]
     ).run()
-    first = [3e-3 * 0.5**k for k in range(6)]
+    first = [3e-3 * 0.5 ** (k // 3) for k in range(6)]
     assert rates == first + 2 * first[2:]
     assert modes == [[True, False, True]] * 14
     assert [done.evaluation for done in history] == [{"loss": 0.5, "count": float(n)} for n in (6, 10, 14)]
@@ -208,6 +208,28 @@ def test_the_same_object_goes_on(tmp_path):
     assert_same(result(ours), expected)
     again = [dataclasses.replace(done) for done in ours.history]
     assert ours.run() == again  # nothing is left to do
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    """Weights, masks, the optimizer's and the scheduler's state, random numbers."""
+    found = []
+    for train in (noisy, interrupted(1)):
+        model = net()
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+        def step_and_schedule(model, optimizer, k, train=train, scheduler=scheduler):
+            train(model, optimizer, k)
+            scheduler.step()
+
+        ours = prune.IMP(
+            model, optimizer, step_and_schedule, steps=6, rounds=1, stateful=[scheduler], directory=tmp_path
+        )
+        ours.run()
+        found.append((result(ours), scheduler.state_dict()))
+    (first, first_schedule), (second, second_schedule) = found
+    assert_same(second, first)
+    assert second_schedule == first_schedule and first_schedule["last_epoch"] == 6
 
 
 def test_more_rounds_are_added_to_a_finished_run(tmp_path):
