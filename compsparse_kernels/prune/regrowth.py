@@ -93,7 +93,7 @@ class RigL(_DropAndGrow):
             their gradients, chunk by chunk, so that all of them choose the same masks.
 
     Gradients of several backward passes before a :meth:`step` add up. A layer that took no part in them is left as it
-    is.
+    is, and so is one whose gradient is not finite, as happens under a gradient scaler.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -166,7 +166,9 @@ class RigL(_DropAndGrow):
         count = int(share * survivors)
         magnitude = magnitude_of(name, layer)
         mask = largest(magnitude.flatten(), survivors - count).view_as(magnitude)
-        places = _largest_gradients(name, layer, pairs, mask, count, self._group)
+        places = _largest_gradients(layer, pairs, mask, count, self._group)
+        if places is None:
+            return None
         mask.view(-1)[places] = True
         return mask
 
@@ -276,7 +278,7 @@ class SET(_DropAndGrow):
             self._generator.set_state(state["generator"])
 
 
-def _largest_gradients(name, layer, pairs, taken, count, group):
+def _largest_gradients(layer, pairs, taken, count, group):
     """Of the dense gradient's entries outside ``taken [out, in]`` the ``count`` largest in magnitude: their places in
     the flattened weight, of equal ones the earlier. At most ``CHUNK_ELEMENTS`` of it, or a row, are there at a time."""
     if count == 0:
@@ -287,8 +289,8 @@ def _largest_gradients(name, layer, pairs, taken, count, group):
     for first in range(0, layer.out_features, rows):
         gradient = _gradient_rows(layer, pairs, slice(first, first + rows), group)  # [rows, in]
         size = gradient.abs_().flatten()
-        finite = bool(size.max().isfinite())  # max passes NaN on
-        require(finite, f"model: gradient of the weight of {name!r}", "finite numbers", "inf or NaN")
+        if not size.max().isfinite():  # max passes NaN on
+            return None
         size.masked_fill_(taken[first : first + rows].flatten(), DEAD)
         floor = best.min() if len(best) == count else DEAD  # a tie with what came earlier loses
         better = (size > floor).nonzero().flatten()
