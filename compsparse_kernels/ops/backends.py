@@ -38,7 +38,7 @@ _CPU_OPS = (
     "dag_network",
 )
 _PROXIMAL_OPS = ("proximal_sgd_", "proximal_adamw_")
-_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
+_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward", *_PROXIMAL_OPS)
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
