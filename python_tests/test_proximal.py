@@ -208,7 +208,7 @@ def test_bitwise_equal_for_any_number_of_threads(penalty, rule, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("isa", ISAS[:3])  # with avx512_bf16 it is avx512's table
+@pytest.mark.parametrize("isa", ISAS[:3][:-1])  # the last is what the other tests run; avx512_bf16 has no table here
 def test_every_instruction_set(isa):
     """This file's tests of values, in a process whose kernels are capped to one instruction set."""
     code = (
