@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compsparse_kernels.ops.proximal import reference
 from compsparse_kernels.ops.proximal import triton as kernels
+from compsparse_kernels.testing import random_tensor
 from python_tests.gpu import ledger
+from python_tests.gpu.interpreter.guard_pages import far
 from python_tests.gpu.interpreter.strict import strict
 from python_tests.proximal import NAMES, SGD, Problem
 
@@ -125,3 +128,35 @@ def test_nothing_to_do():
     empty = torch.zeros(0, 5)
     kernels.proximal_sgd_(empty, empty, None, 0.1, 0.0, 0.0, 0.0, False, False, "group_l1", 1.0, 0.0, 1, 5)
     kernels.proximal_adamw_(empty, empty, empty, empty, 1, 0.1, 0.9, 0.999, 1e-8, 0.0, "l1", 1.0, 1, 1)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "group_l1"])
+def test_offsets_past_2_to_the_31(penalty):
+    """The last programs alone, on memory that exists only where it is touched."""
+    rows, columns = 2**21 + 5, 1030
+    weight, grad, buffer = (far((rows, columns), torch.float16) for _ in range(3))
+    last = 2 * columns  # weights of the last two rows
+    ends = [random_tensor(last, dtype=torch.float16, seed=seed) for seed in range(3)]
+    for tensor, end in zip((weight, grad, buffer), ends, strict=True):
+        tensor.view(-1)[-last:] = end
+    settings = (
+        0.1,
+        0.9,
+        0.0,
+        0.0,
+        False,
+        False,
+        penalty,
+        2.0,
+        0.0,
+        *((1, columns) if penalty == "group_l1" else (1, 1)),
+    )
+    launch = kernels.sgd_launch(weight, grad, buffer, *settings)
+    assert launch.arguments["size"] > 2**31
+    programs = 2 if penalty == "group_l1" else -(-last // kernels.TILE) + 1
+    with strict(first_program=launch.programs - programs):
+        launch._replace(programs=programs)()
+    expected = [end.view(2, columns) for end in ends]
+    reference.proximal_sgd_(*expected, *settings)
+    for tensor, right in zip((weight, buffer), (expected[0], expected[2]), strict=True):
+        torch.testing.assert_close(tensor.view(-1)[-last:].view(2, columns), right)
