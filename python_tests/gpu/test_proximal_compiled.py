@@ -1,4 +1,4 @@
-"""Levels L2 and L3 of the proximal steps: their machine code, and their PTX executed on the CPU, against float64."""
+"""Level L3: the PTX that Triton compiles the proximal steps to, executed on the CPU, against float64."""
 
 from functools import cache
 from itertools import product
@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 
 from compsparse_kernels.ops.proximal import triton as kernels
 from python_tests.gpu import ledger
-from python_tests.gpu.aot import TARGETS, compile_launch
+from python_tests.gpu.aot import compile_launch
+from python_tests.gpu.proximal_cases import DTYPES, ProximalCase
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.mutate import mutants, reason_caught, score
 from python_tests.gpu.ptx.program import Program
@@ -19,7 +20,6 @@ from python_tests.gpu.static.analyse import analyse
 from python_tests.gpu.static.roofline import SECTOR
 from python_tests.proximal import NAMES, Problem
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Penalty, strength, shape and blocks: a last tile that is cut; ragged groups, several in a program; longer than a tile.
 SHAPES = {
     "none": (None, 0.0, (7, 300), None),
@@ -78,33 +78,12 @@ def test_no_order_of_programs_changes_a_result(rule):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def real_launch(rule, shape, dtype):
-    """On a weight of 4096 x 4096, to be compiled only: its numbers are whatever lies in memory."""
-    named = problem(rule, shape, dtype).arguments()
-    tensors = {name: torch.empty(4096, 4096, dtype=DTYPES[dtype]) for name, value in named.items() if _is_tensor(value)}
-    blocks = {"blocks": (32, 32), "rows": (1, 4096)}.get(shape, (1, 1))
-    return launch_of(named | tensors | dict(zip(("block_out", "block_in"), blocks, strict=True)))
-
-
-def _is_tensor(value):
-    return isinstance(value, torch.Tensor)
-
-
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("rule", NAMES)
-@pytest.mark.parametrize(
-    "shape, dtype, target",
-    cases([("l1", "fp32", "sm_90"), ("blocks", "bf16", "sm_90"), ("rows", "bf16", "gfx942")], TARGETS),
-)
-def test_machine_code(shape, dtype, target, rule):
-    """No stack, no spills, no atomics, and half of the warps there is room for; a thread's weights, where they are not
-    in groups, are one access of each tensor."""
-    launch = real_launch(rule, shape, dtype)
-    found = analyse(compile_launch(launch, launch.kernel.configs[0], target), target)
-    assert (found.stack, found.spills, found.total["atomic"]) == (0, 0, 0) and found.occupancy.share >= 0.5
-    if SHAPES[shape][0] != "group_l1":
-        tensors = len(NAMES[rule])
-        assert (found.total["global load"], found.total["global store"]) == (tensors + 1, tensors)
-    ledger.reached("L2", f"proximal-{rule}-{shape}-{dtype}-{target}")
+def test_a_thread_s_weights_are_one_access_of_each_tensor(rule, target):
+    total = analyse(ProximalCase(rule, "fp32", "single", target).compiled(), target).total
+    tensors = len(NAMES[rule])
+    assert (total["global load"], total["global store"], total["atomic"]) == (tensors + 1, tensors, 0)
 
 
 @pytest.mark.parametrize("rule, tensors, stores", [("sgd", 3, 2), ("adamw", 4, 3)])
