@@ -231,6 +231,19 @@ def test_closure_scheduler_and_missing_gradients():
     assert last < first and torch.equal(frozen, torch.ones(2)) and frozen not in optimizer.state
 
 
+@pytest.mark.parametrize("make, torchs, options", PAIRS.values(), ids=PAIRS)
+def test_deepcopies_step_alike(make, torchs, options):
+    drawn = gradients(torch.float32)[:3]
+    _, optimizer = trained(make, options, torch.float32, drawn, penalty="l1", strength=0.5)
+    twin = copy.deepcopy(optimizer)
+    for one in (optimizer, twin):
+        for param in one.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)  # deepcopy leaves gradients behind
+        one.step()
+    for param, other in zip(*(one.param_groups[0]["params"] for one in (optimizer, twin)), strict=True):
+        assert param is not other and torch.equal(param, other)
+
+
 def test_a_refused_step_leaves_no_state():
     weight = nn.Parameter(torch.zeros(4, 3))
     for optimizer in (prune.ProximalSGD([weight], momentum=0.9), prune.ProximalAdamW([weight])):

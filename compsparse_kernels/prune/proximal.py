@@ -190,7 +190,7 @@ class BetaLasso(_SGD):
         params: parameters or groups of them, as in torch. A group with ``strength=0`` is plain SGD.
         lr: :math:`\eta`.
         strength: :math:`\lambda`, not negative.
-        beta: :math:`\beta`, not negative; the paper takes 50. A weight that is dead comes to life where one step brings
+        beta: :math:`\beta`, not negative; 50 in the paper's experiments. A weight that is dead comes to life where one step brings
             it to :math:`\beta\lambda`.
 
     Raises:

@@ -324,13 +324,13 @@ extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
 enum class Penalty : int32_t { none, l1, group_l1, hard };
 
-// What follows a step of an optimizer. Groups are blocks of the matrix [rows, columns]; those side by side in `panel`
-// columns, a multiple of block_in, are done together. Panels are counted along the rows of blocks.
+// What follows a step of an optimizer. `bound` is taken from a weight (l1) or, times the root of a group's size, from
+// its norm; or it is the least weight that is kept (hard). Groups are blocks of the matrix [rows, columns]; those side
+// by side in `panel` columns, a multiple of block_in, are done together. Panels are counted along the rows of blocks.
 template <typename T>
 struct ProximalMap {
   Penalty penalty;
-  double
-      bound;  // what is taken from a weight (l1), from a group's norm (times the root of its size), or the least kept
+  double bound;
   int64_t rows;
   int64_t columns;
   int64_t block_out;

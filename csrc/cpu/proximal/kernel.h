@@ -2,8 +2,7 @@
 //
 // single weights: read, stepped, shrunk and written while they are in registers.
 // groups:         a panel of them is stepped into scratch, unrounded; norms are taken there, in double and in one
-// order,
-//                 and the shrunk panel is written. What a panel needs stays in cache.
+//                 order; the shrunk panel is written. What a panel needs stays in cache.
 //
 // A weight's arithmetic depends on where it lies, never on who computes it.
 #pragma once
