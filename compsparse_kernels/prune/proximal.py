@@ -184,14 +184,14 @@ class BetaLasso(_SGD):
     .. math::
         w \leftarrow w - \eta (g + \lambda\,\mathrm{sign}(w)), \qquad w \leftarrow w \cdot 1[|w| \ge \beta\lambda]
 
-    With it a fully connected net learns the local connections of a convolution.
+    In the paper, fully connected nets that are trained so come to have local connections, as a convolution has.
 
     Args:
         params: parameters or groups of them, as in torch. A group with ``strength=0`` is plain SGD.
         lr: :math:`\eta`.
         strength: :math:`\lambda`, not negative.
-        beta: :math:`\beta`, not negative; 50 in the paper's experiments. A weight that is dead comes to life where one step brings
-            it to :math:`\beta\lambda`.
+        beta: :math:`\beta`, not negative; 50 in the paper's experiments. A dead weight comes to life where one step
+            brings it to :math:`\beta\lambda`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
