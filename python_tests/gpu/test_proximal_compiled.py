@@ -26,6 +26,7 @@ SHAPES = {
     "l1": ("l1", 5.0, (33, 65), None),
     "blocks": ("group_l1", 9.0, (50, 70), (8, 16)),
     "rows": ("group_l1", 9.0, (2, 2300), None),
+    "ones": ("group_l1", 9.0, (1, 1), None),  # sizes of 1 become constants
 }
 LONG = pytest.mark.long
 
@@ -61,7 +62,8 @@ def execute(one, target, ptx=None, **options):
 @pytest.mark.parametrize(
     "shape, dtype, target",
     cases(
-        [("l1", "fp32", "sm_80"), ("blocks", "bf16", "sm_90"), ("rows", "fp16", "sm_80")], ("sm_80", "sm_90", "sm_100")
+        [("l1", "fp32", "sm_80"), ("blocks", "bf16", "sm_90"), ("rows", "fp16", "sm_80"), ("ones", "fp32", "sm_80")],
+        ("sm_80", "sm_90", "sm_100"),
     ),
 )
 def test_compiled_code_computes_the_reference(shape, dtype, target, rule):
