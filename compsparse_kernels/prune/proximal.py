@@ -324,7 +324,7 @@ def freeze(model: nn.Module, kind: str = "auto") -> nn.Module:
         >>> model[0].weight.grad = torch.zeros(8, 32)
         >>> optimizer.step()
         >>> y = model(x)
-        >>> model = prune.freeze(model)
+        >>> model = prune.freeze(model, kind="csr")
         >>> type(model[0]).__name__, model[0].values.numel() < 64, torch.allclose(model(x), y, atol=1e-5)
         ('MaskedLinear', True, True)
     """
