@@ -32,7 +32,7 @@ def convert(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str = "au
         >>> import torch
         >>> from compsparse_kernels import prune
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
-        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9))
+        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), kind="csr")
         >>> type(model[0]).__name__, model[0].values.numel() < 600
         ('MaskedLinear', True)
         >>> type(prune.to_dense(model)[0]).__name__
