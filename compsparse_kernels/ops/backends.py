@@ -37,14 +37,15 @@ _CPU_OPS = (
     "threshold_attention",
     "dag_network",
 )
-_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
+_PROXIMAL_OPS = ("proximal_sgd_", "proximal_adamw_")
+_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward", *_PROXIMAL_OPS)
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
 _KERNELS = {
     "cpu": (
         "cpu",
-        dict.fromkeys(_CPU_OPS[:2], _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
+        dict.fromkeys((*_CPU_OPS[:2], *_PROXIMAL_OPS), _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
         _no_cpu_kernels,
     ),
     "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),

@@ -61,6 +61,8 @@ class Case:
     num_stages: int
     target: str
     index_loads = INDEX_LOADS
+    inner_loop = True
+    least_occupancy = 0.0
 
     @property
     def op(self) -> str:

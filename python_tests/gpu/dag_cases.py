@@ -31,6 +31,8 @@ class DagCase:
     num_stages: int
     target: str
     index_loads = None  # one for each row that is copied
+    inner_loop = True
+    least_occupancy = 0.0
 
     @property
     def op(self) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from python_tests.gpu.aot import compile_launch
 from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case
 from python_tests.gpu.dag_cases import DagCase
+from python_tests.gpu.proximal_cases import ProximalCase
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
 from python_tests.gpu.shipped import shipped
@@ -26,6 +27,8 @@ from python_tests.gpu.static.golden import golden_row, path_of, write
 from python_tests.gpu.static.roofline import DEVICES, Ceiling, Traffic, ceiling, traffic
 
 EMULATED = ("sm_80", "sm_90")
+GATES = ("tensor_cores", "async_copies", "index_loads", "least_occupancy", "inner_loop")
+AnyCase = Case | DagCase | ProximalCase
 WIDTH = 190
 
 L2_NOTE = """\
@@ -45,7 +48,7 @@ serves none. Nothing was timed.
 
 @dataclass(frozen=True)
 class Static:
-    case: Case | DagCase
+    case: AnyCase
     analysis: Analysis
     bound: CycleBound | None
     violations: list[str]
@@ -53,15 +56,15 @@ class Static:
 
 @dataclass(frozen=True)
 class Emulated:
-    case: Case | DagCase
+    case: AnyCase
     traffic: Traffic
     ceiling: Ceiling
 
 
-def examine(case: Case | DagCase) -> Static:
+def examine(case: AnyCase) -> Static:
     """Compiles a case and reads it."""
     analysis = analyse(case.compiled(), case.target)
-    gates = {name: getattr(case, name) for name in ("tensor_cores", "async_copies", "index_loads")}
+    gates = {name: getattr(case, name) for name in GATES}
     return Static(case, analysis, cycle_bound(analysis), violations(analysis, **gates))
 
 

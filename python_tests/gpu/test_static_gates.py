@@ -125,4 +125,8 @@ def test_a_block_that_does_not_fit():
 
 
 def test_no_loop():
-    assert violations(replace(analysed(), inner_loop=None)) == ["inner loop: expected one, got none"]
+    without = replace(analysed(), inner_loop=None)
+    assert violations(without) == ["inner loop: expected one, got none"]
+    assert violations(without, inner_loop=False) == []
+    spilled = replace(without, spills=8)
+    assert violations(spilled, inner_loop=False) == ["spills: expected none, got 8"]

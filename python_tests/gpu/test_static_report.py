@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from python_tests.gpu import cases, dag_cases
+from python_tests.gpu import cases, dag_cases, proximal_cases
 from python_tests.gpu.aot import TARGETS, compile_launch
 from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work
 from python_tests.gpu.ptx import Profile
@@ -25,7 +25,8 @@ RUN = [case for case in shipped() if case.target in EMULATED]
 
 
 def test_the_first_choice_of_each_kernel_for_each_target():
-    assert len(shipped()) == (len(DEFAULT) + len(dag_cases.DEFAULT)) * len(TARGETS)
+    defaults = (DEFAULT, dag_cases.DEFAULT, proximal_cases.DEFAULT)
+    assert len(shipped()) == sum(map(len, defaults)) * len(TARGETS)
     assert len(shipped()) == len({case.name for case in shipped()})
     assert set(shipped()) <= set(shipped(long=True))
 

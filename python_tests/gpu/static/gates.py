@@ -13,6 +13,7 @@ def violations(
     async_copies: bool = True,
     index_loads: int | None = INDEX_LOADS,
     least_occupancy: float = 0.0,
+    inner_loop: bool = True,
 ) -> list[str]:
     """One sentence for each gate that the kernel fails; none is good.
 
@@ -25,6 +26,7 @@ def violations(
             block; None: one for each copy of the loop, as where each row is found by its own index. Operand tiles are
             loaded 16 bytes a lane where aligned and 2 where not, or by many narrow loads.
         least_occupancy: share of the warps a multiprocessor can hold.
+        inner_loop: whether there must be one; the gates before it ask about it.
     """
     found = []
     if analysis.stack:
@@ -38,7 +40,7 @@ def violations(
         share = analysis.occupancy.share
         found.append(f"occupancy: expected at least {least_occupancy:.3f}, got {share:.3f}, limited by {limit}")
     if analysis.inner_loop is None:
-        return [*found, "inner loop: expected one, got none"]
+        return [*found, "inner loop: expected one, got none"] if inner_loop else found
     if tensor_cores and not analysis.inner["tensor core"]:
         found.append("tensor cores: expected their instructions in the inner loop, got none")
     if async_copies and analysis.backend == "cuda":
