@@ -1,15 +1,25 @@
 """Pruning: which weights survive (masks by layer name), and models whose layers store only those."""
 
-from compsparse_kernels.prune.convert import convert, to_dense
+from compsparse_kernels.prune.convert import convert, to_dense, update_masks
 from compsparse_kernels.prune.drawing import draw_density, draw_displacements, draw_mask, draw_supports
+from compsparse_kernels.prune.imp import IMP, Round
 from compsparse_kernels.prune.magnitude import magnitude_masks
+from compsparse_kernels.prune.masks import masks_from_torch, random_masks
+from compsparse_kernels.prune.rewinding import rewind, snapshot
 
 __all__ = [
+    "IMP",
+    "Round",
     "convert",
     "draw_density",
     "draw_displacements",
     "draw_mask",
     "draw_supports",
     "magnitude_masks",
+    "masks_from_torch",
+    "random_masks",
+    "rewind",
+    "snapshot",
     "to_dense",
+    "update_masks",
 ]

@@ -1,26 +1,49 @@
-"""Models from dense to sparse layers and back, in place."""
+"""Models from dense to sparse layers, from mask to mask, and back, in place; an optimizer's state goes along."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import check_bool_matrix, describe, require
 from compsparse_kernels.nn import MaskedLinear
-from compsparse_kernels.prune.layers import prunable_layers
+from compsparse_kernels.prune.layers import (
+    is_prunable,
+    masked_layers,
+    prunable_layers,
+    weight_layout,
+    weight_parameter,
+)
+from compsparse_kernels.prune.state import check_holds_any, check_optimizer, check_state, move, remap
 
 
-def convert(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str = "auto") -> nn.Module:
+def convert(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    kind: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    block_shape: tuple[int, int] | None = None,
+) -> nn.Module:
     """Replace linear layers by :class:`MaskedLinear` layers that hold what the masks keep, in place.
 
-    The model then computes ``F.linear(x, W * M, b)`` in these layers. A layer that is a :class:`MaskedLinear` already
-    is stored anew on its mask (entries that it did not have start at 0). ``training`` and ``requires_grad`` are kept;
-    hooks on the replaced layers and the state of an optimizer made before are not.
+    The model then computes ``F.linear(x, W * M, b)`` in these layers, and training it goes on as training of ``W * M``
+    with masked gradients would: gradients and optimizer state of survivors are kept to the bit. A layer that is a
+    :class:`MaskedLinear` already gets the new mask, see :func:`update_masks`. ``training`` and ``requires_grad`` are
+    kept; hooks on the replaced layers are not.
 
     Args:
-        model: any module; a linear layer itself is converted too, then use what is returned.
+        model: any module; a linear layer itself is converted too, then use what is returned. Layers pruned by
+            ``torch.nn.utils.prune`` count as their masked weight.
         masks: ``{name: bool [out, in]}``, as :func:`magnitude_masks` returns; names as in ``named_modules``.
         kind: how to store the masks, see :meth:`MaskLayout.from_mask`.
+        optimizer: its parameters are exchanged in place (``param_groups`` keep identity and order) and its state is
+            remapped. Any optimizer serves whose state is one number per weight, or one for all of them: SGD with
+            momentum, Adam, AdamW, RMSprop. Without it, make the optimizer after the conversion.
+        block_shape: of the blocks of kind ``"block"`` or ``"auto"``, see :meth:`MaskLayout.from_mask`.
+
+    ``DistributedDataParallel`` remembers the parameters it was made with: wrap the model anew afterwards.
 
     Returns:
         The model.
@@ -32,53 +55,192 @@ def convert(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str = "au
         >>> import torch
         >>> from compsparse_kernels import prune
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
-        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), optimizer=optimizer)
         >>> type(model[0]).__name__, model[0].values.numel() < 600
         ('MaskedLinear', True)
+        >>> optimizer.param_groups[0]["params"][0] is model[0].values
+        True
         >>> type(prune.to_dense(model)[0]).__name__
         'Linear'
     """
-    require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
-    require(isinstance(masks, Mapping), "masks", "dict of name: mask", type(masks).__name__, TypeError)
-    layers = dict(model.named_modules(remove_duplicate=False))
-    known = prunable_layers(model)
-    for name, mask in masks.items():
-        argument = f"masks[{name!r}]"
-        require(name in layers, argument, f"the name of a linear layer ({', '.join(known)})", "an unknown name")
-        layer = layers[name]
-        is_known = any(layer is other for other in known.values())
-        require(is_known, argument, "a name of an nn.Linear or MaskedLinear", type(layer).__name__)
-        check_bool_matrix(argument, mask)
-        shape = (layer.out_features, layer.in_features)
-        require(mask.shape == shape, argument, f"bool tensor {list(shape)}", describe(mask))
-        _check_untied(model, layer, argument)
-    return _replace(model, {layers[name]: _masked(layers[name], mask, kind) for name, mask in masks.items()})
+    layers = _checked_layers(model, masks)
+    _check_parameters(model, layers, optimizer)
+    layouts = _layouts(layers, masks, kind, block_shape)
+    replacements = {}
+    for name, layer in layers.items():
+        if isinstance(layer, MaskedLinear):
+            _store_anew(layer, layouts[name], None, optimizer)
+        else:
+            replacements[layer] = _to_masked(layer, layouts[name], optimizer)
+    return _replace(model, replacements)
 
 
-def to_dense(model: nn.Module) -> nn.Module:
+def update_masks(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    kind: str = "auto",
+    fill: float | Mapping[str, torch.Tensor] = 0.0,
+    block_shape: tuple[int, int] | None = None,
+) -> nn.Module:
+    """New masks for layers that are :class:`MaskedLinear` already: prune further, or regrow, in place.
+
+    An entry of the old and of the new mask keeps its value, gradient and optimizer state to the bit. A regrown one
+    starts at ``fill``, with gradient and state 0. The layers stay the same modules, with their hooks; ``values``
+    becomes a new Parameter, which takes the old one's place in the optimizer.
+
+    Args:
+        model, masks, optimizer, kind, block_shape: as in :func:`convert`.
+        fill: a number, or ``{name: [out, in]}`` of the values that regrown entries start from, for each of ``masks``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came. Nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> from compsparse_kernels import MaskedLinear, prune
+        >>> model = torch.nn.Sequential(MaskedLinear(4, 4, torch.eye(4, dtype=torch.bool)))
+        >>> diagonal = model[0].weight.diagonal()
+        >>> model = prune.update_masks(model, {"0": torch.ones(4, 4, dtype=torch.bool)}, fill=0.5)
+        >>> torch.equal(model[0].weight.diagonal(), diagonal), model[0].weight[0, 1].item()
+        (True, 0.5)
+    """
+    layers = _checked_layers(model, masks)
+    for name, layer in layers.items():
+        is_masked = isinstance(layer, MaskedLinear)
+        wanted = "a name of a MaskedLinear (prune.convert makes them)"
+        require(is_masked, f"masks[{name!r}]", wanted, type(layer).__name__)
+    _check_parameters(model, layers, optimizer)
+    layouts = _layouts(layers, masks, kind, block_shape)
+    fills = _checked_fills(layers, fill)
+    for name, layer in layers.items():
+        _store_anew(layer, layouts[name], fills[name], optimizer)
+    return model
+
+
+def to_dense(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Replace each :class:`MaskedLinear` by the ``nn.Linear`` of the same function and name, in place.
+
+    Args:
+        model: any module.
+        optimizer: exchanged and remapped as in :func:`convert`; the state of what the masks had dropped is 0.
 
     Returns:
         The model (for a model that is a :class:`MaskedLinear` itself, the new layer).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came. Nothing is replaced then.
+
+    Example:
+        >>> import torch
+        >>> from compsparse_kernels import MaskedLinear, prune
+        >>> layer = MaskedLinear(8, 4, torch.rand(4, 8) < 0.3)
+        >>> torch.equal(prune.to_dense(layer).weight, layer.weight)
+        True
     """
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
-    masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
-    return _replace(model, {module: module.to_linear() for module in masked})
+    layers = masked_layers(model)
+    _check_parameters(model, layers, optimizer)
+    return _replace(model, {layer: _to_linear(layer, optimizer) for layer in layers.values()})
 
 
-def _masked(layer, mask, kind):
-    if isinstance(layer, nn.Linear):
-        return MaskedLinear.from_linear(layer, mask, kind)
-    return MaskedLinear.from_linear(layer.to_linear(), mask, kind)
+def _checked_layers(model, masks):
+    require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
+    require(isinstance(masks, Mapping), "masks", "dict of name: mask", type(masks).__name__, TypeError)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name, mask in masks.items():
+        argument = f"masks[{name!r}]"
+        known = ", ".join(prunable_layers(model))
+        require(name in layers, argument, f"the name of a linear layer ({known})", "an unknown name")
+        layer = layers[name]
+        require(is_prunable(layer), argument, "a name of an nn.Linear or MaskedLinear", type(layer).__name__)
+        check_bool_matrix(argument, mask)
+        shape = (layer.out_features, layer.in_features)
+        require(mask.shape == shape, argument, f"bool tensor {list(shape)}", describe(mask))
+        twin = next((other for other in masks if layers[other] is layer), name)
+        require(twin == name, argument, "one mask for each layer", f"a second one for {twin!r}")
+    return {name: layers[name] for name in masks}
 
 
-def _check_untied(model, layer, argument):
-    """A dense weight that another module uses too would silently become two."""
-    if isinstance(layer, MaskedLinear):
-        return
+def _layouts(layers, masks, kind, block_shape):
+    return {
+        name: MaskLayout.from_mask(masks[name], kind, block_shape).to(weight_parameter(layer).device)
+        for name, layer in layers.items()
+    }
+
+
+def _check_parameters(model, layers, optimizer):
+    """Of each layer: a weight of its own, that is an ordinary Parameter, with state that can be remapped."""
+    check_optimizer(optimizer)
+    weights = []
+    for name, layer in layers.items():
+        argument = f"masks[{name!r}]"
+        weight = weight_parameter(layer)
+        is_plain = weight is not None and "bias" in layer._parameters
+        require(is_plain, argument, "a layer whose weight and bias are Parameters", "a reparametrised one")
+        _check_untied(model, layer, weight, argument)
+        check_state(optimizer, name, weight)
+        if weight.requires_grad:
+            weights.append(weight)
+    check_holds_any(optimizer, weights)
+
+
+def _check_untied(model, layer, weight, argument):
+    """A weight that another module uses too would silently become two."""
     for name, module in model.named_modules():
-        tied = module is not layer and any(weight is layer.weight for weight in module.parameters(recurse=False))
+        tied = module is not layer and any(other is weight for other in module.parameters(recurse=False))
         require(not tied, argument, "a layer with a weight of its own", f"one tied to a weight of {name!r}")
+
+
+def _checked_fills(layers, fill):
+    if not isinstance(fill, Mapping):
+        is_number = isinstance(fill, (int, float)) and not isinstance(fill, bool)
+        require(is_number, "fill", "a number or a dict of name: tensor", type(fill).__name__, TypeError)
+        return dict.fromkeys(layers, fill)
+    for name, layer in layers.items():
+        value, shape = fill.get(name), (layer.out_features, layer.in_features)
+        ok = isinstance(value, torch.Tensor) and value.shape == shape
+        require(ok, f"fill[{name!r}]", f"tensor {list(shape)}", describe(value))
+    return fill
+
+
+@torch.no_grad()
+def _store_anew(layer, layout, fill, optimizer):
+    """A new Parameter, not new data in the old one: a graph that is still alive (the last loss, say) holds on to the
+    old one's gradient accumulator, which would refuse gradients of the new shape."""
+    old, source = layer.values, layer.layout
+    new = nn.Parameter(remap(old, source, layout, fill), requires_grad=old.requires_grad)
+    move(old, new, source, layout, optimizer)
+    layer.values, layer.layout = new, layout
+
+
+@torch.no_grad()
+def _to_masked(linear, layout, optimizer):
+    weight, source = weight_parameter(linear), weight_layout(linear)
+    layer = MaskedLinear.from_linear(linear, layout)
+    layer.values.copy_(remap(weight, source, layout))  # linear.weight lags behind where torch's pruning computes it
+    layer.values.requires_grad_(weight.requires_grad)
+    move(weight, layer.values, source, layout, optimizer)
+    _move_bias(linear, layer, optimizer)
+    return layer
+
+
+@torch.no_grad()
+def _to_linear(layer, optimizer):
+    linear = layer.to_linear()
+    move(layer.values, linear.weight, layer.layout, None, optimizer)
+    _move_bias(layer, linear, optimizer)
+    return linear
+
+
+def _move_bias(old, new, optimizer):
+    if old.bias is not None:
+        move(old.bias, new.bias, None, None, optimizer)
 
 
 def _replace(model, replacements):
