@@ -3,17 +3,19 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.claims.common import SEEDS, Claim, results_table, run_claim
+from benchmarks.claims.common import SEEDS, Claim, SeedResult, results_table, run_claim
 from compsparse_kernels.cli.output import console_for
 from compsparse_kernels.testing import num_threads
 
-MODULES = {"C3": "c03_imp_locality", "C5": "c05_beta_lasso", "C6": "c06_end_to_end"}
+MODULES = {"C3": "c03_imp_locality", "C6": "c06_end_to_end"}
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "claims"
 INTERRUPTED = 130
 
@@ -60,12 +62,12 @@ def load(key: str) -> Claim:
     return importlib.import_module(f"benchmarks.claims.{MODULES[key]}").CLAIM
 
 
-def run_one(claim: Claim, arguments: argparse.Namespace, console) -> None:
+def run_one(claim: Claim, arguments: argparse.Namespace, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         size = claim.quick if arguments.quick else claim.size
         task = progress.add_task(f"{claim.key} {claim.title}", total=len(SEEDS) * claim.parts(size))
-        result, details = run_claim(claim, SEEDS, arguments.quick, lambda: progress.advance(task))
+        result, seeds = run_claim(claim, SEEDS, arguments.quick, lambda: progress.advance(task))
     console.print(results_table(result))
     seconds = sum(seed["seconds"] for seed in result["seeds"])
     colour = "green" if result["verdict"] == "PASS" else "red"
@@ -74,25 +76,34 @@ def run_one(claim: Claim, arguments: argparse.Namespace, console) -> None:
     if arguments.json is not None:
         arguments.json.mkdir(parents=True, exist_ok=True)
         path = arguments.json / f"{stem}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         console.print(f"wrote {path}", highlight=False)
     if arguments.plot is not None:
         arguments.plot.mkdir(parents=True, exist_ok=True)
         path = arguments.plot / f"{stem}.png"
-        save_figure(claim, details, result, path)
+        save_figure(claim, seeds, result, path)
         console.print(f"wrote {path}", highlight=False)
 
 
-def save_figure(claim, details, result, path: Path) -> None:
+def _finite(value):
+    """JSON knows neither NaN nor infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_figure(claim: Claim, seeds: list[SeedResult], result: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    claim.draw(figure, details)
+    claim.draw(figure, seeds)
     machine = result["machine"]
     commit = (machine["commit"] or "no commit")[:10] + (" with changes" if machine["dirty"] else "")
-    facts = (machine["processor"], f"torch {machine['versions']['torch']}", commit, f"{len(details)} seeds")
+    facts = (machine["processor"], f"torch {machine['versions']['torch']}", commit, f"{len(seeds)} seeds")
     figure.suptitle(f"{claim.key}  {claim.title}: {result['verdict']}\n{', '.join(facts)}", fontsize=10)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.claims.common import Claim, Criterion, SeedResult
-from benchmarks.claims.ring import GAIN, LENGTHS, accuracy, batches, loss_step, ring_data, ring_net
+from benchmarks.claims.ring import GAIN, LENGTHS, ring_data, ring_net
+from benchmarks.claims.training import accuracy, batches, loss_step
 from compsparse_kernels import MaskedLinear, prune, theory
 
 
@@ -67,7 +68,7 @@ def _prune(seed: int, size: Size, tick, one_shot=False, shuffle=False, gaussian=
     masks = []
 
     def step(model, optimizer, k):
-        loss_step(model, optimizer, data.train_x[rows[k]], data.train_y[rows[k]])
+        loss_step(model, data.train_x[rows[k]], data.train_y[rows[k]], optimizer)
 
     def evaluate(model):
         masks.append(_mask(model[0]))
@@ -102,14 +103,15 @@ def _ratio(ours: float, other: float) -> float:
 
 def draw(figure, results: Sequence[SeedResult]) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
-    for name in ARMS:
+    for number, name in enumerate(ARMS):
+        style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": name}
         lifts = [result.details[name]["lift"][1:13] for result in results]
         medians = [statistics.median(column) for column in zip(*lifts, strict=True)]
-        left.plot(range(1, 1 + len(medians)), medians, "o-", markersize=4, label=name)
+        left.plot(range(1, 1 + len(medians)), medians, **style)
         if name != "one-shot":
             arms = [result.details[name] for result in results]
             curve = [statistics.median(column) for column in zip(*(arm["lift_1"] for arm in arms), strict=True)]
-            middle.plot(arms[0]["density"], curve, "o-", markersize=4, label=name)
+            middle.plot(arms[0]["density"], curve, **style)
     for axes in (left, middle):
         axes.axhline(1, color="black", linewidth=0.8)
         axes.grid(alpha=0.25)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from compsparse_kernels import theory
 
@@ -73,19 +72,3 @@ def ring_data(ring: int, train: int, test: int, seed: int, gaussian: bool = Fals
 def ring_net(ring: int, hidden: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(ring, hidden), nn.ReLU(), nn.Linear(hidden, len(LENGTHS)))
-
-
-def batches(count: int, steps: int, batch: int, seed: int) -> torch.Tensor:
-    """Rows of each step, ``[steps, batch]``: a step that is taken again sees the same."""
-    return torch.randint(count, (steps, batch), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    return (model(x).argmax(-1) == y).double().mean().item()
