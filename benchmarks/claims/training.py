@@ -10,13 +10,10 @@ def batches(count: int, steps: int, batch: int, seed: int) -> torch.Tensor:
     return torch.randint(count, (steps, batch), generator=torch.Generator().manual_seed(seed))
 
 
-def loss_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    """One step on a batch; each optimizer has parameters of its own."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+def loss_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
 
 
 @torch.no_grad()
