@@ -24,7 +24,8 @@ UNDECIDED = 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """``ours`` and ``dense`` compute the same from ``inputs`` (float64 tensors, a gradient is checked for each)."""
+    """``ours`` and ``dense`` compute the same from ``inputs`` (float64 tensors); unless ``differentiable`` is off, a
+    gradient is checked for each."""
 
     op: str
     name: str
@@ -33,6 +34,7 @@ class Case:
     dense: Callable[..., torch.Tensor]
     multilinear: bool = True  # then dense(|inputs|) is the sum of the terms in absolute value, for the error budget
     terms: Callable[..., torch.Tensor] | None = None  # gives that sum from |inputs| where dense does not
+    differentiable: bool = True
 
 
 def all_cases() -> Iterator[Case]:
@@ -40,6 +42,7 @@ def all_cases() -> Iterator[Case]:
     yield from _masked_cases()
     yield from _dag_cases()
     yield from _attention_cases()
+    yield from _proximal_cases()
 
 
 def _draw(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -208,3 +211,59 @@ def _dense_attention(query, key, value, threshold: float, rule: str, is_causal: 
     kept = _above_threshold(scores.detach(), threshold, rule, is_causal) >= 0
     weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
     return weights.masked_fill(~kept, 0) @ value  # a row that keeps nothing is 0, not NaN
+
+
+def _proximal_cases() -> Iterator[Case]:
+    """Each output: the parameter and its state, side by side."""
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+    adamw = {"step": 3, "lr": 0.1, "weight_decay": 0.1}
+    for shape, penalty in (
+        ((37, 41), {}),
+        ((130, 257), {"penalty": "l1", "strength": 3.0}),
+        ((90, 700), {"penalty": "group_l1", "strength": 3.0}),
+        ((33, 70), {"penalty": "group_l1", "strength": 4.0, "block_shape": (8, 16)}),
+    ):
+        name = f"{shape[0]} x {shape[1]}, {', '.join(map(str, penalty.values())) or 'no penalty'}"
+        inputs = _draw(param=shape, grad=shape, momentum_buffer=shape)
+        yield _proximal("proximal_sgd_", f"{name}, Nesterov", inputs, sgd | penalty)
+        inputs = _draw(param=shape, grad=shape, exp_avg=shape, exp_avg_sq=shape)
+        yield _proximal(
+            "proximal_adamw_", name, inputs | {"exp_avg_sq": inputs["exp_avg_sq"].square()}, adamw | penalty
+        )
+
+
+def _proximal(op: str, name: str, inputs: dict[str, torch.Tensor], options: dict) -> Case:
+    def changed(step, param, grad, *state):
+        with torch.no_grad():
+            param, *state = (tensor.detach().clone() for tensor in (param, *state))
+            return torch.stack([step(param, grad.detach(), *state, **options), *state])
+
+    def ours(*tensors):
+        return changed(getattr(ops, op), *tensors)
+
+    dense = partial(changed, partial(_torch_step, "SGD" if op == "proximal_sgd_" else "AdamW"))
+    return Case(op, name, inputs, ours, dense, multilinear=False, differentiable=False)
+
+
+def _torch_step(name, param, grad, *state, step=None, penalty=None, strength=0.0, block_shape=None, **options):
+    """torch's optimizer, then the penalty's map in torch's ops."""
+    param.grad = grad
+    optimizer = getattr(torch.optim, name)([param], **options, foreach=False)
+    if step is None:
+        optimizer.state[param] = {"momentum_buffer": state[0]}
+    else:
+        optimizer.state[param] = {"step": torch.tensor(step - 1.0), "exp_avg": state[0], "exp_avg_sq": state[1]}
+    optimizer.step()
+    bound = options["lr"] * strength
+    if penalty == "l1":
+        param.copy_(F.softshrink(param, bound))
+    elif penalty == "group_l1":
+        _shrink_groups(param, bound, *(block_shape or (1, param.shape[1])))
+    return param
+
+
+def _shrink_groups(matrix, bound: float, block_out: int, block_in: int) -> None:
+    for rows in matrix.split(block_out):
+        for group in rows.split(block_in, 1):
+            norm = torch.linalg.vector_norm(group)
+            group.mul_((1 - bound * group.numel() ** 0.5 / norm).clamp(min=0))

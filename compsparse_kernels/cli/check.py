@@ -87,15 +87,16 @@ def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[dict
 def _compare(case: Case, dtype: torch.dtype, device: str) -> Iterator[dict]:
     dense_dtype = torch.float32 if dtype == torch.float64 else dtype
     inputs = {name: tensor.to(dtype).to(device, torch.float64) for name, tensor in case.inputs.items()}
-    exact = _output_and_gradients(case.dense, inputs, torch.float64)
-    dense = _output_and_gradients(case.dense, inputs, dense_dtype)
+    wanted = case.differentiable
+    exact = _output_and_gradients(case.dense, inputs, torch.float64, wanted)
+    dense = _output_and_gradients(case.dense, inputs, dense_dtype, wanted)
     absolute = {name: tensor.abs() for name, tensor in inputs.items()}
     terms = case.terms or (case.dense if case.multilinear else None)
-    magnitude = _output_and_gradients(terms, absolute, torch.float64, absolute=True) if terms else {}
+    magnitude = _output_and_gradients(terms, absolute, torch.float64, wanted, absolute=True) if terms else {}
     runs = []
     for threads in THREADS:
         with num_threads(threads):
-            runs.append(_output_and_gradients(case.ours, inputs, dtype))
+            runs.append(_output_and_gradients(case.ours, inputs, dtype, wanted))
     for quantity, ours in runs[0].items():
         used = budget_used(ours, dense[quantity], exact[quantity], magnitude.get(quantity))
         same = all(torch.equal(ours, other[quantity]) for other in runs)
@@ -107,15 +108,17 @@ def _compare(case: Case, dtype: torch.dtype, device: str) -> Iterator[dict]:
         yield {"quantity": quantity, "error": error, "budget_used": used, "ok": not reason, "reason": reason}
 
 
-def _output_and_gradients(function, inputs: dict, dtype: torch.dtype, absolute: bool = False) -> dict:
+def _output_and_gradients(function, inputs: dict, dtype: torch.dtype, gradients: bool, absolute: bool = False) -> dict:
     """{"output": ..., "grad of x": ...} for a random gradient of the output, the same in every dtype."""
     leaves = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in inputs.items()}
     output = function(*leaves.values())
+    if not gradients:
+        return {"output": output}
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # every dtype holds it
     grad = (grad.abs() if absolute else grad).to(output.device, dtype)
     grads = torch.autograd.grad(output, list(leaves.values()), grad)
-    gradients = {f"grad of {name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
-    return {"output": output.detach(), **gradients}
+    named = {f"grad of {name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
+    return {"output": output.detach(), **named}
 
 
 def _summary(rows: list[dict]) -> Table:

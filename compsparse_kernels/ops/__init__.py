@@ -4,6 +4,7 @@ from compsparse_kernels.ops.backends import cpu_isa, explain
 from compsparse_kernels.ops.block_sparse_linear import block_sparse_linear, sampled_block_matmul
 from compsparse_kernels.ops.dag_network import dag_network
 from compsparse_kernels.ops.masked_linear import masked_linear, sampled_matmul
+from compsparse_kernels.ops.proximal import proximal_adamw_, proximal_sgd_
 from compsparse_kernels.ops.threshold_attention import threshold_attention
 
 OPS = (
@@ -13,6 +14,8 @@ OPS = (
     "sampled_matmul",
     "dag_network",
     "threshold_attention",
+    "proximal_sgd_",
+    "proximal_adamw_",
 )
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "dag_network",
     "explain",
     "masked_linear",
+    "proximal_adamw_",
+    "proximal_sgd_",
     "sampled_block_matmul",
     "sampled_matmul",
     "threshold_attention",

@@ -37,6 +37,7 @@ _CPU_OPS = (
     "threshold_attention",
     "dag_network",
 )
+_PROXIMAL_OPS = ("proximal_sgd_", "proximal_adamw_")
 _TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -44,7 +45,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _KERNELS = {
     "cpu": (
         "cpu",
-        dict.fromkeys(_CPU_OPS[:2], _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
+        dict.fromkeys((*_CPU_OPS[:2], *_PROXIMAL_OPS), _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
         _no_cpu_kernels,
     ),
     "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),

@@ -5,16 +5,21 @@ from compsparse_kernels.prune.drawing import draw_density, draw_displacements, d
 from compsparse_kernels.prune.imp import IMP, Round
 from compsparse_kernels.prune.magnitude import magnitude_masks
 from compsparse_kernels.prune.masks import masks_from_torch, random_masks
+from compsparse_kernels.prune.proximal import BetaLasso, ProximalAdamW, ProximalSGD, freeze
 from compsparse_kernels.prune.rewinding import rewind, snapshot
 
 __all__ = [
     "IMP",
+    "BetaLasso",
+    "ProximalAdamW",
+    "ProximalSGD",
     "Round",
     "convert",
     "draw_density",
     "draw_displacements",
     "draw_mask",
     "draw_supports",
+    "freeze",
     "magnitude_masks",
     "masks_from_torch",
     "random_masks",

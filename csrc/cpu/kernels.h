@@ -320,6 +320,72 @@ struct AttentionTable {
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 
+// proximal
+
+enum class Penalty : int32_t { none, l1, group_l1, hard };
+
+// What follows a step of an optimizer. Groups are blocks of the matrix [rows, columns]; those side by side in `panel`
+// columns, a multiple of block_in, are done together. Panels are counted along the rows of blocks.
+template <typename T>
+struct ProximalMap {
+  Penalty penalty;
+  double
+      bound;  // what is taken from a weight (l1), from a group's norm (times the root of its size), or the least kept
+  int64_t rows;
+  int64_t columns;
+  int64_t block_out;
+  int64_t block_in;
+  int64_t panel;
+};
+
+// param -= lr * d: d is the gradient with decay * param and sign * sign(param), or what momentum makes of it.
+template <typename T>
+struct SgdStep {
+  T* param;
+  const T* grad;
+  T* buffer;  // or null: no momentum
+  Sum<T> lr;
+  Sum<T> momentum;
+  Sum<T> share;  // of the gradient in the buffer
+  Sum<T> decay;
+  Sum<T> sign;
+  bool nesterov;
+  bool first;  // the buffer holds nothing yet
+};
+
+// param = keep * param - rate * mean / (sqrt(square) / root + eps)
+template <typename T>
+struct AdamWStep {
+  T* param;
+  const T* grad;
+  T* mean;
+  T* square;
+  Sum<T> keep;
+  Sum<T> rate;
+  Sum<T> mean_share;  // of the gradient in the mean, of its square in the mean square
+  Sum<T> square_keep;
+  Sum<T> square_share;
+  Sum<T> root;
+  Sum<T> eps;
+};
+
+// Parameters and state are read and written once. `part` counts weights, or panels where the penalty has groups; then
+// scratch has (block_out + 1) * panel numbers, squares has `panel`.
+template <typename T>
+struct ProximalKernels {
+  void (*sgd)(const SgdStep<T>&, const ProximalMap<T>&, Range part, Sum<T>* scratch, double* squares);
+  void (*adamw)(const AdamWStep<T>&, const ProximalMap<T>&, Range part, Sum<T>* scratch, double* squares);
+};
+
+struct ProximalTable {
+  ProximalKernels<float> f32;
+  ProximalKernels<double> f64;
+  ProximalKernels<BFloat16> bf16;
+  ProximalKernels<Float16> f16;
+};
+
+extern const ProximalTable proximal_scalar, proximal_avx2, proximal_avx512;
+
 // Chosen once from cpuid, capped by the environment variable COMPSPARSE_CPU=scalar|avx2|avx512|avx512_bf16.
 struct Kernels {
   const char* isa;
@@ -327,6 +393,7 @@ struct Kernels {
   const MaskedTable* masked;
   const DagTable* dag;
   const AttentionTable* attention;
+  const ProximalTable* proximal;
 };
 
 const Kernels& kernels();

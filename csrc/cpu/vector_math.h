@@ -1,8 +1,12 @@
 // exp and the normal distribution function on vectors, within two units in the last place (of 1, for the latter). In
-// float64 erf is libm's, lane by lane.
+// float64 erf is libm's, lane by lane. Square roots are correctly rounded.
 #pragma once
 
 #include "simd.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -109,5 +113,28 @@ COMPSPARSE_INLINE Vec<double, L> normal_cdf(Vec<double, L> z, Vec<double, L>& e)
   e = vector_exp<double, L>(z * z * -0.5);
   return result;
 }
+
+// The compiler's own square root calls the C library for the errno of negative numbers, so lanes stay single.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> vector_sqrt(Vec<T, L> x) {
+  constexpr bool is_float = sizeof(T) == sizeof(float);
+#if defined(__AVX512F__)
+  if constexpr (is_float && L == 16) return (Vec<T, L>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+  if constexpr (!is_float && L == 8) return (Vec<T, L>)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#endif
+#if defined(__AVX__)
+  if constexpr (is_float && L == 8) return (Vec<T, L>)_mm256_sqrt_ps((__m256)x);
+  if constexpr (!is_float && L == 4) return (Vec<T, L>)_mm256_sqrt_pd((__m256d)x);
+#endif
+#if defined(__SSE2__)
+  if constexpr (is_float && L == 4) return (Vec<T, L>)_mm_sqrt_ps((__m128)x);
+  if constexpr (!is_float && L == 2) return (Vec<T, L>)_mm_sqrt_pd((__m128d)x);
+#endif
+  Vec<T, L> roots;
+  for (int i = 0; i < L; ++i) roots[i] = is_float ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(double(x[i])));
+  return roots;
+}
+
+COMPSPARSE_INLINE double root(double x) { return vector_sqrt<double, 2>(Vec<double, 2>{x, x})[0]; }
 
 }  // namespace
