@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import check_bool_matrix, describe, require
@@ -43,7 +44,8 @@ def convert(
             momentum, Adam, AdamW, RMSprop. Without it, make the optimizer after the conversion.
         block_shape: of the blocks of kind ``"block"`` or ``"auto"``, see :meth:`MaskLayout.from_mask`.
 
-    ``DistributedDataParallel`` remembers the parameters it was made with: wrap the model anew afterwards.
+    ``DistributedDataParallel`` remembers the parameters that it was made with, and would no longer average gradients:
+    hand over the module inside it, and wrap that anew.
 
     Returns:
         The model.
@@ -177,6 +179,9 @@ def _layouts(layers, masks, kind, block_shape):
 def _check_parameters(model, layers, optimizer):
     """Of each layer: a weight of its own, that is an ordinary Parameter, with state that can be remapped."""
     check_optimizer(optimizer)
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    wanted = "the module inside DistributedDataParallel (wrap it anew afterwards)"
+    require(not wrapped, "model", wanted, "the wrapper, which would not see new parameters")
     weights = []
     for name, layer in layers.items():
         argument = f"masks[{name!r}]"

@@ -76,7 +76,7 @@ def magnitude_masks(
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     sparsity, scope, norm = _checked_options(sparsity, scope, block_shape, norm, nm)
     layers = chosen_layers(model, skip, include_last)
-    magnitudes = {name: _magnitude(name, layer) for name, layer in layers.items()}
+    magnitudes = {name: magnitude_of(name, layer) for name, layer in layers.items()}
     if nm is not None:
         return {name: _largest_of_groups(magnitude, *nm) for name, magnitude in magnitudes.items()}
     if block_shape is None:
@@ -124,7 +124,7 @@ def _checked_options(sparsity, scope, block_shape, norm, nm):
     return sparsity, scope, norm
 
 
-def _magnitude(name, layer):
+def magnitude_of(name, layer):
     """``|W|`` as ``[out, in]``, ``DEAD`` where a mask has removed the weight."""
     weight = layer.weight.detach()
     require(not bool(weight.isnan().any()), f"model: weight of {name!r}", "no NaN", "NaN")

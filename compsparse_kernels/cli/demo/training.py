@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compsparse_kernels.cli.demo.data import SIDE, Digits
+from compsparse_kernels.prune.memory import storage_bytes, tensors_in
 
 Tick = Callable[[], object]  # called after each epoch
 
@@ -133,38 +134,14 @@ def stored_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     seen: set[int] = set()
     parameters = list(model.parameters())
     return {
-        "weights": _count(parameters, seen),
-        "gradients": _count((p.grad for p in parameters if p.grad is not None), seen),
-        "optimizer": _count((t for state in optimizer.state.values() for t in _tensors(state)), seen),
-        "indices": _count((t for module in model.modules() for t in _pattern(module)), seen),
+        "weights": storage_bytes(parameters, seen),
+        "gradients": storage_bytes((p.grad for p in parameters if p.grad is not None), seen),
+        "optimizer": storage_bytes((t for state in optimizer.state.values() for t in tensors_in(state)), seen),
+        "indices": storage_bytes((t for module in model.modules() for t in _pattern(module)), seen),
     }
-
-
-def _count(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
-    total = 0
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
 
 
 def _pattern(module: nn.Module) -> Iterator[torch.Tensor]:
     """Masks (buffers) and the index tensors of a layout."""
     yield from module.buffers(recurse=False)
-    yield from _tensors(getattr(module, "layout", None))
-
-
-def _tensors(held: object) -> Iterator[torch.Tensor]:
-    """Every tensor in nested containers and layouts."""
-    if isinstance(held, torch.Tensor):
-        yield held
-    elif isinstance(held, dict):
-        for value in held.values():
-            yield from _tensors(value)
-    elif isinstance(held, (tuple, list)):
-        for value in held:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(held):
-        yield from _tensors(vars(held))  # with what its cached properties hold
+    yield from tensors_in(getattr(module, "layout", None))
