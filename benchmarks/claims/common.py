@@ -1,5 +1,6 @@
 """What the claims share: a claim, its criteria, and how several seeds become a verdict."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def run_claim(
     """Runs all seeds; returns what goes into the JSON, and what the figure needs."""
     size = claim.quick if quick else claim.size
     machine = describe_run()  # before the run: the commit that is measured
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None  # who else was there
     results, seconds = [], []
     for seed in seeds:
         started = time.perf_counter()
@@ -103,6 +105,7 @@ def run_claim(
         ],
         "size": asdict(size),
         "machine": machine,
+        "load_average": load,
     }, results
 
 
