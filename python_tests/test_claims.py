@@ -148,6 +148,15 @@ def test_a_fail_is_told_and_is_no_error(tmp_path, monkeypatch, capsys):
     assert [seed["measures"]["x"] for seed in result["seeds"]] == [1, 2, 9]
 
 
+def test_an_interrupted_run_writes_nothing(tmp_path, monkeypatch):
+    def interrupt(seed, size, tick):
+        raise KeyboardInterrupt
+
+    claim = dataclasses.replace(fake_claim([], (1.0,)), run=interrupt)
+    code, files = run_command(monkeypatch, tmp_path, claim)
+    assert code == 130 and not files
+
+
 def test_an_unknown_claim_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["C4711"])

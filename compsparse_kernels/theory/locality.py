@@ -112,12 +112,12 @@ def adjacency_lift(mask_or_masks: torch.Tensor | Sequence[torch.Tensor], distanc
         mask = mask.to(together)
         together += mask.T @ mask  # [in, in]: how many units keep both
     degrees = torch.cat([mask.sum(1).to(distance.device) for mask in masks])
-    off_diagonal = ~torch.eye(n, dtype=torch.bool, device=distance.device)
-    where = distance[off_diagonal]
-    size = int(distance.max()) + 1
-    kept = torch.bincount(where, weights=together[off_diagonal], minlength=size)  # each pair twice
-    possible = torch.bincount(where, minlength=size).double()  # each pair twice
-    ordered_pairs = (degrees * (degrees - 1)).sum().double()
+    where = distance.flatten()
+    kept = torch.bincount(where, weights=together.flatten())  # each pair twice
+    possible = torch.bincount(where).double()  # each pair twice
+    kept[0] -= degrees.sum()  # the diagonal: an input is no pair with itself
+    possible[0] -= n
+    ordered_pairs = (degrees * (degrees - 1)).sum()
     return (kept * (n * (n - 1))) / (possible * ordered_pairs)  # 0 / 0 where there are no pairs
 
 
