@@ -4,6 +4,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Layouts of kind auto must not depend on the machine, nor tests write into a user's cache; inherited by subprocesses.
+os.environ["COMPSPARSE_CALIBRATE"] = "0"
+
 # Read by OpenMP when torch is first imported: idle threads sleep, for these many small calls on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

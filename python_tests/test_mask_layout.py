@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from compsparse_kernels import BlockLayout, MaskLayout
 from compsparse_kernels.layouts import MaskOrder, index
-from compsparse_kernels.layouts import mask as mask_module
-from compsparse_kernels.layouts.mask import choose_kind
 from compsparse_kernels.testing import random_mask, random_tensor
 
 KINDS = ("csr", "block", "dense")
@@ -170,47 +168,6 @@ def test_the_mask_is_not_shared_with_the_caller():
     before = mask.clone()
     mask.zero_()
     assert torch.equal(layout.to_mask(), before)
-
-
-# ---- the choice of a kind
-
-
-def block_mask(size, density=0.25, grid=(4, 8)):
-    return random_mask(*grid, density).repeat_interleave(size, 0).repeat_interleave(size, 1)
-
-
-@pytest.mark.parametrize(
-    "mask, expected",
-    [
-        (random_mask(64, 96, 0.1), ("csr", None)),
-        (random_mask(64, 96, 0.95), ("dense", None)),
-        (torch.zeros(64, 96, dtype=torch.bool), ("csr", None)),
-        (torch.ones(64, 96, dtype=torch.bool), ("dense", None)),
-        (block_mask(32), ("block", (32, 32))),
-        (block_mask(16), ("block", (16, 16))),
-        (block_mask(16)[:, :-5], ("block", (16, 16))),
-        (block_mask(8), ("csr", None)),
-    ],
-    ids=["sparse", "full", "zeros", "ones", "blocks 32", "blocks 16", "ragged blocks", "blocks 8"],
-)
-def test_auto(mask, expected):
-    assert choose_kind(mask) == expected
-    layout = MaskLayout.from_mask(mask)
-    assert layout.kind == expected[0] and torch.equal(layout.to_mask(), mask)
-    assert layout.blocks is None or layout.blocks.block_shape == expected[1]
-
-
-def test_auto_with_a_block_shape():
-    assert MaskLayout.from_mask(block_mask(8), block_shape=(8, 8)).blocks.block_shape == (8, 8)
-    assert MaskLayout.from_mask(block_mask(16), block_shape=(3, 3)).kind == "csr"
-
-
-def test_auto_follows_its_crossovers(monkeypatch):
-    mask = random_mask(64, 96, 0.2)
-    monkeypatch.setattr(mask_module, "CSR_CROSSOVER", 0.1)
-    assert choose_kind(mask)[0] == "dense"
-    monkeypatch.setattr(mask_module, "BLOCK_CROSSOVER", 0.1)
-    assert choose_kind(block_mask(32))[0] == "dense"
 
 
 # ---- index arrays

@@ -70,12 +70,12 @@ def test_it_trains_sparse():
         seen.append((k, len(sparse), all(len(shape) == 1 for shape in states), loss.requires_grad))
 
     select = partial(prune.magnitude_masks, scope="layer", include_last=True)
-    ours = imp(train=train, select=select, rounds=4)
+    ours = imp(train=train, select=select, rounds=4, kind="csr")
     history = ours.run()
     dense, pruned = seen[:STEPS], seen[STEPS:]
     assert [entry[:2] for entry in dense] == [(k, 0) for k in range(STEPS)]
     assert [entry[:2] for entry in pruned] == [(k, 3) for k in range(REWIND, STEPS)] * 4
-    assert all(entry[2] for entry in seen[-(STEPS - REWIND) :]) and ours.model[0].layout.kind == "csr"
+    assert all(entry[2] for entry in seen)
     assert [done.number for done in history] == [0, 1, 2, 3, 4]
     for done in history:
         assert done.layer_density.keys() == {"0", "2", "4"} and done.seconds > 0 and done.evaluation is None
@@ -224,6 +224,17 @@ def test_more_rounds_are_added_to_a_finished_run(tmp_path):
     assert_same(result(longer), expected)
 
 
+def test_a_file_keeps_the_kinds_of_its_round(tmp_path):
+    imp(rounds=1, kind="csr", directory=tmp_path).run()
+    resumed = imp(rounds=2, kind="block", directory=tmp_path, train=interrupted(1))
+    with pytest.raises(Interruption):
+        resumed.run()
+    assert resumed.model[0].layout.kind == "block"
+    resumed = imp(rounds=1, kind="block", directory=tmp_path)
+    resumed.run()
+    assert resumed.model[0].layout.kind == "csr"
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError("no space left on device")
@@ -284,6 +295,9 @@ def without_the_first(directory):
         (lambda _: imp(fraction=1), ValueError, r"fraction: expected a number in \[0, 1\), got 1"),
         (lambda _: imp(rewind_step=STEPS), ValueError, "rewind_step: expected an int in 0..11, got 12"),
         (lambda _: imp(rewind_step=0.5), TypeError, "rewind_step: expected an int in 0..11, got 0.5"),
+        (lambda _: imp(kind="coo"), ValueError, "kind: expected auto or one of .*, got 'coo'"),
+        (lambda _: imp(kind="csr", block_shape=(2, 2)), ValueError, "block_shape: expected None with kind csr"),
+        (lambda _: imp(block_shape=(0, 2)), ValueError, r"block_shape\[0\]: expected an int"),
         (lambda _: imp(stateful=[3]), TypeError, r"stateful: expected a list of objects with state_dict .*, got \[3\]"),
         (lambda _: imp(evaluate=lambda model: "good").run(), TypeError, "evaluate: expected .*number.* returns str"),
         (lambda _: run_again(), ValueError, "directory: expected one with a finished round .*, got None"),

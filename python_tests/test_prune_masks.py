@@ -147,6 +147,17 @@ def test_a_model_pruned_by_torch_goes_on_training_as_it_would():
     assert torch.equal(model(x), twin(x))
 
 
+def test_magnitudes_under_a_mask_of_torchs_are_those_of_now():
+    """torch recomputes layer.weight in the next forward pass only."""
+    layer, mask = nn.Linear(8, 8, bias=False), random_mask(8, 8)
+    torch_prune.custom_from_mask(layer, "weight", mask)
+    with torch.no_grad():
+        layer.weight_orig.copy_(torch.arange(64.0).view(8, 8).flip(0, 1))
+    (found,) = prune.magnitude_masks(layer, 1 - 3 / 64, include_last=True).values()
+    alive = mask.nonzero()
+    assert found.nonzero().tolist() == alive[:3].tolist()
+
+
 def test_convolutions_pruned_by_torch_are_passed_over():
     model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Linear(8, 8))
     for layer in model:

@@ -292,6 +292,7 @@ def nan_gradient():
             ValueError,
             "model: expected one with MaskedLinear layers",
         ),
+        (lambda: rigl(*sparse(), kind="coo"), ValueError, "kind: expected auto or one of .*, got 'coo'"),
         (lambda: rigl(*sparse(), delta_t=0), ValueError, "delta_t: expected a positive int, got 0"),
         (lambda: rigl(*sparse(), end=0), ValueError, "end: expected a positive int, got 0"),
         (lambda: rigl(*sparse(), alpha=1), ValueError, r"alpha: expected a number in \[0, 1\), got 1"),

@@ -79,6 +79,7 @@ def pruner(**options):
         (lambda: pruner(model=1), TypeError, "model: expected nn.Module, got int"),
         (lambda: pruner(optimizer=1), TypeError, "optimizer: expected torch.optim.Optimizer, got int"),
         (lambda: pruner(select=1), TypeError, "select: expected a function, got int"),
+        (lambda: pruner(kind="coo"), ValueError, "kind: expected auto or one of .*, got 'coo'"),
         (lambda: pruner(begin=0), ValueError, "begin: expected a positive int, got 0"),
         (lambda: pruner(every=0.5), TypeError, "every: expected a positive int"),
         (lambda: pruner(every=4), ValueError, "every: expected a divisor of end - begin, 6, got 4"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compsparse_kernels import prune
+from compsparse_kernels.layouts.mask import KINDS as ALL_KINDS
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.testing import random_mask, random_tensor
 from python_tests.pruning import KINDS, NAMES, OPTIMIZERS, PER_WEIGHT, dense_state, masks_of, net, step, trained
@@ -24,12 +25,14 @@ def test_convert_and_back_keep_the_survivors_to_the_bit(name, kind):
     weights = {layer: model.get_submodule(layer).weight.detach().clone() for layer in NAMES}
     gradients = {layer: model.get_submodule(layer).weight.grad.clone() for layer in NAMES}
     masks = masks_of(0.4, seed=5)
+    biases = [layer.bias for layer in model if hasattr(layer, "bias")]
     prune.convert(model, masks, kind, optimizer)
     for back in (False, True):
         assert optimizer.param_groups is groups
         assert all(group["params"] is params for group, params in zip(groups, lists, strict=True))
         assert all(a is b for a, b in zip(lists[0], model.parameters(), strict=True))
         assert set(optimizer.state) == set(model.parameters())
+        assert all(layer.bias is bias for layer, bias in zip(model[::2], biases, strict=True))
         for layer, mask in masks.items():
             module = model.get_submodule(layer)
             state = dense_state(optimizer, module)
@@ -69,6 +72,34 @@ def test_update_masks_keeps_survivors_and_starts_the_regrown_at_zero(first, seco
     step(model, optimizer, 6)  # the graph of the last loss is still alive
     assert loss.requires_grad and seen
     assert (layer.weight != before)[regrown].any() and not layer.weight[~new["0"]].any()
+
+
+@pytest.mark.skipif("nm" not in ALL_KINDS, reason="MaskLayout has no kind nm here")
+def test_groups_of_n_in_m():
+    """2:4, then 1:4 of what is left, then other 2:4 groups, and back to dense."""
+    model, optimizer = trained()
+    expected = {name: model.get_submodule(name).weight.detach().clone() for name in NAMES}
+    states = {name: copy.deepcopy(dense_state(optimizer, model.get_submodule(name))) for name in NAMES}
+    prune.convert(model, prune.magnitude_masks(model, nm=(2, 4)), "nm", optimizer)
+    wider = {name: layer.layout.to_mask().roll(1, 0) for name, layer in model.named_children() if name in NAMES}
+    rounds = [
+        {name: model.get_submodule(name).layout.to_mask() for name in NAMES},
+        prune.magnitude_masks(model, nm=(1, 4)),
+        wider,
+    ]
+    kept = {name: torch.ones_like(mask) for name, mask in wider.items()}
+    for masks in rounds:
+        prune.update_masks(model, masks, optimizer, kind="nm")
+        kept = {name: kept[name] & masks[name] for name in NAMES}
+        for name in NAMES:
+            layer = model.get_submodule(name)
+            assert layer.layout.kind == "nm" and torch.equal(layer.layout.to_mask(), masks[name])
+            assert torch.equal(layer.weight, expected[name] * kept[name])
+            for key, value in dense_state(optimizer, layer).items():
+                assert torch.equal(value, states[name][key] * kept[name] if value.dim() else states[name][key])
+    prune.to_dense(model, optimizer)
+    assert all(torch.equal(model.get_submodule(name).weight, expected[name] * kept[name]) for name in NAMES)
+    step(model, optimizer, 6)
 
 
 def test_regrown_entries_start_at_the_fill():
@@ -253,6 +284,8 @@ SGD = partial(torch.optim.SGD, lr=0.1)
             ValueError,
             r"fill\['0'\]: expected tensor \[18, 13\], got NoneType",
         ),
+        (lambda: prune.to_dense(tied()), ValueError, "model: layer '0': expected .* own, got one tied to .* of '1'"),
+        (lambda: lbfgs(), ValueError, r"optimizer: expected state 'd' of '0' to be .*, got 1-D float32 tensor"),
         (lambda: prune.to_dense(masked(), "adam"), TypeError, "optimizer: expected .*Optimizer or None, got str"),
         (
             lambda: prune.to_dense(masked(), SGD(net().parameters())),
@@ -283,6 +316,27 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def tied():
+    model = nn.Sequential(*(MaskedLinear(13, 18, MASK) for _ in range(2)))
+    model[1].values = model[0].values
+    return model
+
+
+def lbfgs():
+    """Its state belongs to the first parameter and speaks of all of them."""
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        loss = model(torch.ones(2, 13)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prune.convert(model, {"0": MASK}, optimizer=optimizer)
 
 
 def shared():

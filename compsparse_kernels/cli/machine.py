@@ -4,10 +4,10 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
+from compsparse_kernels._processor import processor_model
 from compsparse_kernels._version import __version__
 from compsparse_kernels.ops import cpu_isa
 
@@ -43,17 +43,6 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         **installed,
     }
-
-
-def processor_model() -> str:
-    """The processor's own name for itself; Linux keeps it in /proc, elsewhere Python's platform module knows it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:

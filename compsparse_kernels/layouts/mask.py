@@ -18,14 +18,11 @@ from compsparse_kernels.layouts.checks import (
     own,
     require,
 )
+from compsparse_kernels.layouts.choice import choose_kind, count
+from compsparse_kernels.layouts.costs import CostModel, this_machine
 
 KINDS = ("csr", "block", "dense")
 DEFAULT_BLOCK_SHAPE = (16, 16)
-
-# Densities below which a kind is faster than dense, forward and backward, float32, batch 64 to 512, one and two threads
-# of an AVX-512 processor; rounded towards dense.
-BLOCK_CROSSOVER = 0.9
-CSR_CROSSOVER = 0.4
 
 
 class MaskOrder(NamedTuple):
@@ -130,36 +127,58 @@ class MaskLayout:
 
     @classmethod
     def from_mask(
-        cls, mask: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+        cls,
+        mask: torch.Tensor,
+        kind: str = "auto",
+        block_shape: tuple[int, int] | None = None,
+        costs: CostModel | None = None,
     ) -> "MaskLayout":
-        """From a bool mask ``[out, in]``; ``kind="auto"`` is :func:`choose_kind`'s. ``block_shape`` is for kind block,
-        (16, 16) by default."""
+        """From a bool mask ``[out, in]``, as a given kind, or as the one that trains fastest.
+
+        Args:
+            mask: which elements survive.
+            kind: ``"csr"``, ``"block"``, ``"dense"``; or ``"auto"``: what ``costs`` say is fastest, and dense where
+                nothing is faster than a dense layer.
+            block_shape: of kind block, (16, 16) by default; with auto the only one to be considered, where 32 x 32,
+                16 x 16 and 8 x 8 are otherwise.
+            costs: what auto goes by. None is this machine: the first process that needs it spends a second on measuring
+                it, once and for all (a JSON file in the user's cache folder).
+                :data:`~compsparse_kernels.layouts.costs.SHIPPED_COSTS` measures nothing, nor does the environment's
+                ``COMPSPARSE_CALIBRATE=0``.
+        """
         check_bool_matrix("mask", mask)
         require(mask.numel() > 0, "mask", "at least one row and one column", describe(mask))
         require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
         if block_shape is not None:
             require(kind in ("auto", "block"), "block_shape", f"None with kind {kind}", block_shape)
             check_block_shape(block_shape)
+        if costs is not None:
+            require(isinstance(costs, CostModel), "costs", "CostModel or None", describe(costs), TypeError)
+            require(kind == "auto", "costs", f"None with kind {kind}", "a CostModel")
         mask = mask.detach().cpu().contiguous()
         if kind == "auto":
-            kind, block_shape = choose_kind(mask, block_shape)
+            kind, block_shape = choose_kind(mask, block_shape, this_machine() if costs is None else costs)
         if kind == "csr":
             ptr, idx = map(torch.from_numpy, index.compress(mask.numpy()))
             return cls(*mask.shape, kind, MaskOrder(ptr, idx, None))
         if kind == "block":
             blocks = BlockLayout.from_dense(mask, block_shape or DEFAULT_BLOCK_SHAPE)
-            whole = _count(mask) == _elements(blocks)
+            whole = count(mask) == _elements(blocks)
             return cls(*mask.shape, kind, blocks=blocks, mask=None if whole else blocks.pack(mask))
         return cls(*mask.shape, kind, mask=mask.clone())
 
     @classmethod
     def from_dense(
-        cls, weight: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+        cls,
+        weight: torch.Tensor,
+        kind: str = "auto",
+        block_shape: tuple[int, int] | None = None,
+        costs: CostModel | None = None,
     ) -> "MaskLayout":
-        """The non-zeros of a dense ``weight [out, in]``."""
+        """The non-zeros of a dense ``weight [out, in]``; the rest as in :meth:`from_mask`."""
         ok = isinstance(weight, torch.Tensor) and weight.dim() == 2
         require(ok, "weight", "2-D tensor", describe(weight))
-        return cls.from_mask(weight.detach() != 0, kind, block_shape)
+        return cls.from_mask(weight.detach() != 0, kind, block_shape, costs)
 
     @classmethod
     def from_csr(cls, weight: torch.Tensor) -> tuple["MaskLayout", torch.Tensor]:
@@ -299,40 +318,6 @@ class MaskLayout:
             f"MaskLayout({self.out_features} x {self.in_features}, {kind}, {self.nnz} survivors,"
             f" density {self.density:.3f})"
         )
-
-
-def choose_kind(mask: torch.Tensor, block_shape: tuple[int, int] | None = None) -> tuple[str, tuple[int, int] | None]:
-    """The kind that runs fastest for a mask ``[out, in]``, by a fixed rule of measured crossovers, and its blocks.
-
-    ``block`` if the mask is exactly a union of whole blocks (32 x 32, else 16 x 16, or ``block_shape`` alone) of
-    density below ``BLOCK_CROSSOVER``; ``csr`` below ``CSR_CROSSOVER``; ``dense`` above.
-    """
-    survivors = _count(mask)
-    density = survivors / mask.numel()
-    shapes = ((16, 16), (32, 32)) if block_shape is None else (block_shape,)  # blocks of 32 are blocks of 16, too
-    fitting = None
-    if 0 < density < BLOCK_CROSSOVER:
-        for shape in shapes:
-            if _elements_of_blocks(mask, shape) != survivors:
-                break
-            fitting = shape
-    if fitting is not None:
-        return "block", fitting
-    return ("csr", None) if density < CSR_CROSSOVER else ("dense", None)
-
-
-def _count(mask: torch.Tensor) -> int:
-    return int(np.count_nonzero(mask.numpy()))  # many times faster than torch's sum of bools
-
-
-def _elements_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> int:
-    """How many elements the blocks have that hold any survivor."""
-    blocks = torch.from_numpy(index.block_any(mask.numpy(), *block_shape))
-    sizes = [
-        (features - torch.arange(0, features, size)).clamp(max=size)
-        for features, size in zip(mask.shape, block_shape, strict=True)
-    ]
-    return int((blocks * sizes[1]).sum(1) @ sizes[0])
 
 
 def _elements(blocks: BlockLayout) -> int:

@@ -1,4 +1,11 @@
-"""Pruning: which weights survive (masks by layer name), and models whose layers store only those."""
+"""Pruning: which weights survive, and models that store, compute and train only those.
+
+Masks come from :func:`magnitude_masks`, :func:`random_masks`, :func:`masks_from_torch`, or anyone's bool tensors.
+:func:`convert` puts :class:`MaskedLinear` layers in place, :func:`update_masks` changes their masks, :func:`to_dense`
+goes back; :func:`snapshot` and :func:`rewind` take weights back in time. Optimizer state follows the weights through all
+of these, to the bit. :class:`IMP`, :class:`GradualPruner`, :class:`RigL` and :class:`SET` are ways to train made of
+them. :func:`report` measures what was won.
+"""
 
 from compsparse_kernels.prune.convert import convert, to_dense, update_masks
 from compsparse_kernels.prune.drawing import draw_density, draw_displacements, draw_mask, draw_supports

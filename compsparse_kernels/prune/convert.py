@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compsparse_kernels.layouts import MaskLayout
+from compsparse_kernels.layouts.block import check_block_shape
 from compsparse_kernels.layouts.checks import check_bool_matrix, describe, require
+from compsparse_kernels.layouts.mask import KINDS
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.layers import (
     is_prunable,
@@ -31,8 +33,8 @@ def convert(
 
     The model then computes ``F.linear(x, W * M, b)`` in these layers, and training it goes on as training of ``W * M``
     with masked gradients would: gradients and optimizer state of survivors are kept to the bit. A layer that is a
-    :class:`MaskedLinear` already gets the new mask, see :func:`update_masks`. ``training`` and ``requires_grad`` are
-    kept; hooks on the replaced layers are not.
+    :class:`MaskedLinear` already gets the new mask, see :func:`update_masks`. ``training``, ``requires_grad`` and the
+    bias, as a Parameter, are kept; hooks on the replaced layers are not.
 
     Args:
         model: any module; a linear layer itself is converted too, then use what is returned. Layers pruned by
@@ -58,7 +60,7 @@ def convert(
         >>> from compsparse_kernels import prune
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), optimizer=optimizer)
+        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.9), "csr", optimizer)
         >>> type(model[0]).__name__, model[0].values.numel() < 600
         ('MaskedLinear', True)
         >>> optimizer.param_groups[0]["params"][0] is model[0].values
@@ -91,7 +93,8 @@ def update_masks(
 
     An entry of the old and of the new mask keeps its value, gradient and optimizer state to the bit. A regrown one
     starts at ``fill``, with gradient and state 0. The layers stay the same modules, with their hooks; ``values``
-    becomes a new Parameter, which takes the old one's place in the optimizer.
+    becomes a new Parameter, which takes the old one's place in the optimizer. ``torch.compile`` compiles each new mask
+    anew, ``torch._dynamo.config.recompile_limit`` times at most.
 
     Args:
         model, masks, optimizer, kind, block_shape: as in :func:`convert`.
@@ -147,7 +150,7 @@ def to_dense(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     """
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     layers = masked_layers(model)
-    _check_parameters(model, layers, optimizer)
+    _check_parameters(model, layers, optimizer, "model: layer {!r}")
     return _replace(model, {layer: _to_linear(layer, optimizer) for layer in layers.values()})
 
 
@@ -155,9 +158,9 @@ def _checked_layers(model, masks):
     require(isinstance(model, nn.Module), "model", "nn.Module", type(model).__name__, TypeError)
     require(isinstance(masks, Mapping), "masks", "dict of name: mask", type(masks).__name__, TypeError)
     layers = dict(model.named_modules(remove_duplicate=False))
+    known = ", ".join(prunable_layers(model))
     for name, mask in masks.items():
         argument = f"masks[{name!r}]"
-        known = ", ".join(prunable_layers(model))
         require(name in layers, argument, f"the name of a linear layer ({known})", "an unknown name")
         layer = layers[name]
         require(is_prunable(layer), argument, "a name of an nn.Linear or MaskedLinear", type(layer).__name__)
@@ -176,30 +179,37 @@ def _layouts(layers, masks, kind, block_shape):
     }
 
 
-def _check_parameters(model, layers, optimizer):
+def _check_parameters(model, layers, optimizer, argument="masks[{!r}]"):
     """Of each layer: a weight of its own, that is an ordinary Parameter, with state that can be remapped."""
     check_optimizer(optimizer)
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     wanted = "the module inside DistributedDataParallel (wrap it anew afterwards)"
     require(not wrapped, "model", wanted, "the wrapper, which would not see new parameters")
+    owners = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(owner)
     weights = []
     for name, layer in layers.items():
-        argument = f"masks[{name!r}]"
-        weight = weight_parameter(layer)
+        weight, this = weight_parameter(layer), argument.format(name)
         is_plain = weight is not None and "bias" in layer._parameters
-        require(is_plain, argument, "a layer whose weight and bias are Parameters", "a reparametrised one")
-        _check_untied(model, layer, weight, argument)
+        require(is_plain, this, "a layer whose weight and bias are Parameters", "a reparametrised one")
+        others = [owner for owner in owners[weight] if model.get_submodule(owner) is not layer]
+        tied_to = " and ".join(map(repr, others))
+        # A weight that another module uses too would silently become two.
+        require(not others, this, "a layer with a weight of its own", f"one tied to a weight of {tied_to}")
         check_state(optimizer, name, weight)
         if weight.requires_grad:
             weights.append(weight)
     check_holds_any(optimizer, weights)
 
 
-def _check_untied(model, layer, weight, argument):
-    """A weight that another module uses too would silently become two."""
-    for name, module in model.named_modules():
-        tied = module is not layer and any(other is weight for other in module.parameters(recurse=False))
-        require(not tied, argument, "a layer with a weight of its own", f"one tied to a weight of {name!r}")
+def check_storage(kind: object, block_shape: object) -> None:
+    """What :meth:`MaskLayout.from_mask` would refuse of any mask; for those who convert later."""
+    require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
+    if block_shape is not None:
+        require(kind in ("auto", "block"), "block_shape", f"None with kind {kind}", block_shape)
+        check_block_shape(block_shape)
 
 
 def _checked_fills(layers, fill):
@@ -231,7 +241,7 @@ def _to_masked(linear, layout, optimizer):
     layer.values.copy_(remap(weight, source, layout))  # linear.weight lags behind where torch's pruning computes it
     layer.values.requires_grad_(weight.requires_grad)
     move(weight, layer.values, source, layout, optimizer)
-    _move_bias(linear, layer, optimizer)
+    layer.bias = linear.bias
     return layer
 
 
@@ -239,13 +249,8 @@ def _to_masked(linear, layout, optimizer):
 def _to_linear(layer, optimizer):
     linear = layer.to_linear()
     move(layer.values, linear.weight, layer.layout, None, optimizer)
-    _move_bias(layer, linear, optimizer)
+    linear.bias = layer.bias
     return linear
-
-
-def _move_bias(old, new, optimizer):
-    if old.bias is not None:
-        move(old.bias, new.bias, None, None, optimizer)
 
 
 def _replace(model, replacements):

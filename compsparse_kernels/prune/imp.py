@@ -14,10 +14,10 @@ from torch import nn
 from compsparse_kernels.layouts.checks import check_positive_int, require
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.checkpoints import random_state, read, set_random_state, write
-from compsparse_kernels.prune.convert import convert, to_dense
+from compsparse_kernels.prune.convert import check_storage, convert, to_dense
 from compsparse_kernels.prune.layers import masked_layers, prunable_layers
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
-from compsparse_kernels.prune.rewinding import rewind, snapshot
+from compsparse_kernels.prune.rewinding import optimizer_snapshot, restore_optimizer, rewind, snapshot
 
 Evaluation = float | dict[str, float] | None
 
@@ -41,7 +41,8 @@ class IMP:
     ``rewind_step`` of them. Each of ``rounds`` further rounds removes ``fraction`` of the weights that are left, takes
     the others and the optimizer back to step ``rewind_step``, and trains them from there to ``steps``. So round n
     trains at density :math:`(1 - \mathrm{fraction})^n` of what ``select`` prunes. Pruned layers are
-    :class:`MaskedLinear`: gradients and optimizer state exist for survivors only.
+    :class:`MaskedLinear`: gradients and optimizer state exist for survivors only. (The state that rounds are rewound to
+    is kept as well, and that is dense.)
 
     Args:
         model: trained in place. A model that is one linear layer becomes another object: use the attribute ``model``.
@@ -59,8 +60,8 @@ class IMP:
             learning rate, a gradient scaler.
         directory: where to write a file per round, ``round_000.pt`` and so on. A file appears whole or not at all.
             Where some are there, :meth:`run` goes on after the last: give it the model and optimizer as newly made, and
-            the result is that of an uninterrupted run, to the bit, if ``step`` draws its random numbers from torch,
-            numpy's global generator or ``random``.
+            the result is that of an uninterrupted run on this machine, to the bit, if ``step`` draws its random numbers
+            from torch, numpy's global generator or ``random``.
         progress: show a bar (rich).
 
     Attributes:
@@ -120,8 +121,11 @@ class IMP:
         is_int = isinstance(rewind_step, int) and not isinstance(rewind_step, bool)
         require(is_int, "rewind_step", f"an int in 0..{steps - 1}", repr(rewind_step), TypeError)
         require(0 <= rewind_step < steps, "rewind_step", f"an int in 0..{steps - 1}", rewind_step)
-        ok = isinstance(stateful, Sequence) and all(hasattr(one, "load_state_dict") for one in stateful)
+        ok = isinstance(stateful, Sequence) and all(
+            hasattr(one, name) for one in stateful for name in ("state_dict", "load_state_dict")
+        )
         require(ok, "stateful", "a list of objects with state_dict and load_state_dict", repr(stateful), TypeError)
+        check_storage(kind, block_shape)
         self.model, self.optimizer = model, optimizer
         self.history: list[Round] = []
         self._step, self._select, self._evaluate, self._stateful = step, select, evaluate, stateful
@@ -155,7 +159,8 @@ class IMP:
         else:
             tick = begin(f"dense, before {self._rounds} rounds", steps)
             self._train(range(rewind_step), tick)
-            self._start = self._state()
+            others = [copy.deepcopy(one.state_dict()) for one in self._stateful]
+            self._start = {"training": snapshot(self.model, self.optimizer), "stateful": others}
         self._train(range(rewind_step, steps), tick)
         evaluation = self._evaluated()
         self.history.append(_round_of(self.model, number, evaluation, time.perf_counter() - started))
@@ -170,25 +175,23 @@ class IMP:
     def _prune(self, sparsity):
         masks = self._select(self.model, sparsity)
         self.model = convert(self.model, masks, optimizer=self.optimizer, **self._storage)
-        self._restore(self._start)
+        rewind(self.model, self._start["training"], self.optimizer)
+        self._restore_others(self._start["stateful"])
 
-    def _state(self):
-        others = [copy.deepcopy(one.state_dict()) for one in self._stateful]
-        return {"training": snapshot(self.model, self.optimizer), "stateful": others}
-
-    def _restore(self, state):
-        rewind(self.model, state["training"], self.optimizer)
-        for one, saved in zip(self._stateful, state["stateful"], strict=True):
+    def _restore_others(self, states):
+        for one, saved in zip(self._stateful, states, strict=True):
             one.load_state_dict(copy.deepcopy(saved))
 
     def _evaluated(self) -> Evaluation:
         if self._evaluate is None:
             return None
         modes = [(module, module.training) for module in self.model.modules()]
-        with torch.no_grad():
-            found = self._evaluate(self.model.eval())
-        for module, mode in modes:
-            module.training = mode
+        try:
+            with torch.no_grad():
+                found = self._evaluate(self.model.eval())
+        finally:
+            for module, mode in modes:
+                module.training = mode
         try:
             return {name: float(value) for name, value in found.items()} if isinstance(found, Mapping) else float(found)
         except (TypeError, ValueError) as error:
@@ -201,8 +204,10 @@ class IMP:
             {
                 "plan": self._plan,
                 "history": [dataclasses.asdict(done) for done in self.history],
-                "masks": {name: layer.layout.to_mask() for name, layer in masked_layers(self.model).items()},
-                "state": self._state(),
+                "masked": list(masked_layers(self.model)),
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_snapshot(self.model, self.optimizer),
+                "stateful": [one.state_dict() for one in self._stateful],
                 "start": self._start if number == 0 else None,  # written once: it is as large as the dense model
                 "random": random_state(),
             },
@@ -219,12 +224,21 @@ class IMP:
         require(done[0] == 0, "directory", "one with round_000.pt, where rounds rewind to", str(self._directory))
         self._start = read(self._file(0))["start"]
         self.history[:] = [Round(**entry) for entry in saved["history"]]
-        self.model = convert(
-            to_dense(self.model, self.optimizer), saved["masks"], optimizer=self.optimizer, **self._storage
-        )
-        self._restore(saved["state"])
+        self._restore_model(saved["masked"], saved["model"])
+        restore_optimizer(self.model, self.optimizer, saved["optimizer"])
+        self._restore_others(saved["stateful"])
         set_random_state(saved["random"])
         self._under_way = False
+
+    def _restore_model(self, masked, state):
+        """The state dict brings masks and kinds along: kind auto might choose others today."""
+        self.model = to_dense(self.model, self.optimizer)
+        layers = prunable_layers(self.model)
+        empty = {
+            name: torch.zeros(layers[name].out_features, layers[name].in_features, dtype=torch.bool) for name in masked
+        }
+        self.model = convert(self.model, empty, "csr", self.optimizer)
+        self.model.load_state_dict(state)
 
     def _file(self, number) -> Path:
         return self._directory / f"round_{number:03}.pt"

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from compsparse_kernels.layouts.block import check_block_shape
 from compsparse_kernels.layouts.checks import require
-from compsparse_kernels.nn import MaskedLinear
-from compsparse_kernels.prune.layers import chosen_layers
+from compsparse_kernels.prune.layers import chosen_layers, weight_layout, weight_parameter
+from compsparse_kernels.prune.state import remap
 
 SCOPES = ("global", "layer")
 NORMS = ("l2", "l1")
@@ -31,9 +31,9 @@ def magnitude_masks(
     r"""Masks that keep the weights of largest magnitude in the linear layers of a model.
 
     Of n weights, exactly ``n - round(sparsity * n)`` survive; of equal magnitudes the earlier ones (by layer, row,
-    column) do. In a :class:`MaskedLinear` all ``out * in`` weights count, and only those still stored compete: dead
-    ones stay dead, and what is sparser than asked already keeps its mask. So the rounds of iterative magnitude pruning
-    are calls with rising ``sparsity``.
+    column) do. In a :class:`MaskedLinear`, or under a mask of ``torch.nn.utils.prune``, all ``out * in`` weights count,
+    and only those still there compete: dead ones stay dead, and what is sparser than asked already keeps its mask. So
+    the rounds of iterative magnitude pruning are calls with rising ``sparsity``.
 
     With ``block_shape`` the same is done with blocks in place of weights: the magnitude of a block is
     :math:`\sqrt{\mathrm{mean}\, w^2}` (``norm="l2"``) or :math:`\mathrm{mean}\, |w|` (``"l1"``) over its elements, dead
@@ -94,14 +94,16 @@ def check_share(argument: str, value: object) -> None:
 def largest(magnitude: torch.Tensor, count: int) -> torch.Tensor:
     """bool ``[n]``: the ``count`` largest that are not ``DEAD``, of equal ones the earlier."""
     alive = magnitude != DEAD
-    if count >= int(alive.sum()):
+    values = magnitude[alive]
+    if count >= len(values):
         return alive
     if count == 0:
         return torch.zeros_like(alive)
-    smallest = magnitude.kthvalue(len(magnitude) - count + 1).values
+    smallest = values.kthvalue(len(values) - count + 1).values
     kept = magnitude > smallest
-    ties = magnitude == smallest
-    return kept | (ties & (ties.cumsum(0) <= count - kept.sum()))
+    missing = count - int(kept.count_nonzero())
+    kept[(magnitude == smallest).nonzero().flatten()[:missing]] = True
+    return kept
 
 
 def _checked_options(sparsity, scope, block_shape, norm, nm):
@@ -124,13 +126,13 @@ def _checked_options(sparsity, scope, block_shape, norm, nm):
     return sparsity, scope, norm
 
 
-def magnitude_of(name, layer):
+def magnitude_of(name: str, layer: nn.Module) -> torch.Tensor:
     """``|W|`` as ``[out, in]``, ``DEAD`` where a mask has removed the weight."""
-    weight = layer.weight.detach()
+    parameter, layout = weight_parameter(layer), weight_layout(layer)
+    # Where torch's pruning computes layer.weight, that is of the last forward pass.
+    weight = layer.weight.detach() if parameter is None else remap(parameter.detach(), layout, None)
     require(not bool(weight.isnan().any()), f"model: weight of {name!r}", "no NaN", "NaN")
-    if isinstance(layer, MaskedLinear):
-        return weight.abs().where(layer.layout.to_mask(), DEAD)
-    return weight.abs()
+    return weight.abs() if layout is None else weight.abs().where(layout.to_mask(), DEAD)
 
 
 def _select(magnitudes, sparsity, scope):

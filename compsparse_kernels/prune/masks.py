@@ -98,7 +98,7 @@ def random_masks(
         places = torch.randperm(size, generator=generator)[: round(densities[name] * size)]
         mask = torch.zeros(size, dtype=torch.bool)
         mask[places] = True
-        masks[name] = mask.view(shape).to(layers[name].weight.device)
+        masks[name] = mask.view(shape).to(next(layers[name].parameters()).device)
     return masks
 
 

@@ -9,11 +9,11 @@ from torch import distributed, nn
 
 from compsparse_kernels.layouts.checks import check_positive_int, require
 from compsparse_kernels.nn import MaskedLinear
-from compsparse_kernels.prune.convert import update_masks
+from compsparse_kernels.prune.convert import check_storage, update_masks
 from compsparse_kernels.prune.layers import masked_layers
 from compsparse_kernels.prune.magnitude import DEAD, check_share, largest, magnitude_of
 
-CHUNK_ELEMENTS = 2**20  # of the dense gradient at a time: 4 MiB in float32
+CHUNK_ELEMENTS = 2**17  # of the dense gradient at a time: half a MiB in float32, which stays in cache
 
 
 class _DropAndGrow:
@@ -24,6 +24,7 @@ class _DropAndGrow:
         is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         require(is_optimizer, "optimizer", "torch.optim.Optimizer", type(optimizer).__name__, TypeError)
         check_positive_int(every_name, every)
+        check_storage(kind, None)
         wanted = "one with MaskedLinear layers (prune.convert with prune.random_masks, say)"
         require(bool(masked_layers(model)), "model", wanted, "one without")
         self.model, self.optimizer = model, optimizer
@@ -285,14 +286,15 @@ def _largest_gradients(name, layer, pairs, taken, count, group):
     places = torch.empty(0, dtype=torch.int64, device=best.device)
     for first in range(0, layer.out_features, rows):
         gradient = _gradient_rows(layer, pairs, slice(first, first + rows), group)  # [rows, in]
-        finite = bool(gradient.isfinite().all())
+        size = gradient.abs_().flatten()
+        finite = bool(size.max().isfinite())  # max passes NaN on
         require(finite, f"model: gradient of the weight of {name!r}", "finite numbers", "inf or NaN")
-        size = gradient.abs().masked_fill_(taken[first : first + rows], DEAD).flatten()
-        floor = best[-1] if len(best) == count else DEAD
+        size.masked_fill_(taken[first : first + rows].flatten(), DEAD)
+        floor = best.min() if len(best) == count else DEAD  # a tie with what came earlier loses
         better = (size > floor).nonzero().flatten()
         merged, where = torch.cat([best, size[better]]), torch.cat([places, first * layer.in_features + better])
-        order = merged.argsort(descending=True, stable=True)[:count]
-        best, places = merged[order], where[order]
+        kept = largest(merged, count)
+        best, places = merged[kept], where[kept]  # in order of place
     return places
 
 

@@ -127,7 +127,7 @@ def report(model: nn.Module, batch: int = 256, *, rounds: int = 15, show: bool =
         >>> import torch
         >>> from compsparse_kernels import prune
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.95))
+        >>> model = prune.convert(model, prune.magnitude_masks(model, sparsity=0.95), kind="csr")
         >>> (layer,) = prune.report(model, batch=32, show=False).layers
         >>> layer.name, layer.kind, layer.bytes < layer.dense_bytes, layer.forward.ours_ms > 0
         ('0', 'csr', True, True)

@@ -15,7 +15,7 @@ PARTS = {"model", "optimizer"}
 
 @torch.no_grad()
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """A copy of parameters, buffers and optimizer as they are, whatever masks come later.
+    """A copy of parameters, persistent buffers and optimizer as they are, whatever masks come later.
 
     :class:`MaskedLinear` layers are written down as dense ``nn.Linear`` ones, their optimizer state as well.
 
@@ -55,7 +55,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             for stored in ("values", *layer.PATTERN):
                 state.pop(prefix + stored, None)
             state[f"{prefix}weight"] = layer.weight
-    return {"model": state, "optimizer": None if optimizer is None else _optimizer_snapshot(model, optimizer)}
+    return {"model": state, "optimizer": optimizer_snapshot(model, optimizer)}
 
 
 @torch.no_grad()
@@ -92,11 +92,14 @@ def rewind(model: nn.Module, snapshot: dict, optimizer: torch.optim.Optimizer | 
     for parameter in model.parameters():
         parameter.grad = None
     if optimizer is not None:
-        _restore_optimizer(model, optimizer, snapshot["optimizer"])
+        restore_optimizer(model, optimizer, snapshot["optimizer"])
     return model
 
 
-def _optimizer_snapshot(model, optimizer):
+def optimizer_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict | None:
+    """Options of the groups, and state with dense weights; plain data and tensors."""
+    if optimizer is None:
+        return None
     layouts = _layouts_of_values(model)
     for name, layer in masked_layers(model).items():
         check_state(optimizer, name, layer.values)
@@ -119,7 +122,9 @@ def _check_same_groups(optimizer, saved):
     require(sizes == saved["sizes"], "optimizer", f"groups of {saved['sizes']} parameters, as in the snapshot", sizes)
 
 
-def _restore_optimizer(model, optimizer, saved):
+@torch.no_grad()
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """What :func:`optimizer_snapshot` returned, within the masks of now."""
     for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(copy.deepcopy(options))
     layouts = _layouts_of_values(model)

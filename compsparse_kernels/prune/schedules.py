@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from compsparse_kernels.layouts.checks import check_positive_int, require
-from compsparse_kernels.prune.convert import convert
+from compsparse_kernels.prune.convert import check_storage, convert
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
 
 
@@ -104,6 +104,7 @@ class GradualPruner:
         cubic_sparsity(begin, **self._schedule)  # checks them
         divides = (end - begin) % every == 0
         require(divides, "every", f"a divisor of end - begin, {end - begin}", every)
+        check_storage(kind, block_shape)
         self.model, self.optimizer = model, optimizer
         self._every, self._select = every, select
         self._storage = {"kind": kind, "block_shape": block_shape}

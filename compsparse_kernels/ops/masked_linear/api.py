@@ -15,6 +15,7 @@ from compsparse_kernels.ops.linear_arguments import (
     product_under_autocast,
 )
 from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
+from compsparse_kernels.ops.masked_linear.masking import masked_gradient, masked_values
 
 _product = torch.ops.compsparse.masked_linear.default
 _sampled = torch.ops.compsparse.sampled_matmul.default
@@ -73,9 +74,9 @@ def masked_linear(
         if backend is not None:
             check_backend(backend, "masked_linear", x)
         if layout.kind == "block":
-            return block_sparse_linear(x, layout.masked(values), layout.blocks, bias, backend=backend)
+            return block_sparse_linear(x, masked_values(values, layout.mask), layout.blocks, bias, backend=backend)
         if layout.kind == "dense":
-            weight = layout.masked(values)
+            weight = masked_values(values, layout.mask)
             return F.linear(x, weight.mT if layout.transposed else weight, bias)
         if backend != "reference":
             refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
@@ -113,9 +114,9 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
     if not (is_usual and is_usual_pair(a, b, layout, layout.by_output.idx, _CPU_DTYPES)):
         check_pair("sampled_matmul", a, b, layout, MaskLayout)
         if layout.kind == "block":
-            return layout.masked(sampled_block_matmul(a, b, layout.blocks))
+            return masked_gradient(sampled_block_matmul(a, b, layout.blocks), layout.mask)
         if layout.kind == "dense":
-            return layout.masked(b.mT @ a if layout.transposed else a.mT @ b)
+            return masked_gradient(b.mT @ a if layout.transposed else a.mT @ b, layout.mask)
         refuse_forward_mode(("a", a), ("b", b))
     order, other = layout.by_output, layout.by_input
     if layout.transposed:

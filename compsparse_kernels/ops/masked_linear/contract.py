@@ -3,6 +3,8 @@
 ``compsparse::masked_linear``   y = x W^T + b, x [batch, in] -> y [batch, out], W in CSR
 ``compsparse::sampled_matmul``  values[p] = sum over n of a[n, row of p] b[n, column of p]
                                 for a [batch, out], b [batch, in]
+``compsparse::is_zero_outside`` is every element 0 (or -0) where the mask, bool of the same shape, has a False?
+``compsparse::zero_outside_``   makes it so, in place
 
 One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or
 ``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm.
@@ -21,8 +23,12 @@ lib.define(
     tags=TAGS,
 )
 lib.define("sampled_matmul(Tensor a, Tensor b, Tensor ptr, Tensor idx) -> Tensor", tags=TAGS)
+lib.define("is_zero_outside(Tensor values, Tensor mask) -> bool", tags=TAGS)
+lib.define("zero_outside_(Tensor(a!) values, Tensor mask) -> ()", tags=TAGS)
 lib.impl("masked_linear", reference.masked_linear, "CompositeExplicitAutograd")
 lib.impl("sampled_matmul", reference.sampled_matmul, "CompositeExplicitAutograd")
+lib.impl("is_zero_outside", reference.is_zero_outside, "CompositeExplicitAutograd")
+lib.impl("zero_outside_", reference.zero_outside_, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("compsparse::masked_linear", lib=lib)
@@ -33,3 +39,8 @@ def _(x, values, bias, ptr, idx, perm, out_features):
 @torch.library.register_fake("compsparse::sampled_matmul", lib=lib)
 def _(a, b, ptr, idx):
     return a.new_empty(idx.shape[0])
+
+
+@torch.library.register_fake("compsparse::zero_outside_", lib=lib)
+def _(values, mask):
+    return None

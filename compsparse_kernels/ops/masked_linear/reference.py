@@ -16,5 +16,15 @@ def sampled_matmul(a, b, ptr, idx):
     return (a.mT @ b)[_rows(ptr), idx.long()]
 
 
+def is_zero_outside(values, mask):
+    """Is ``values`` 0 wherever the bool ``mask`` of its shape is False? NaN is not 0, -0 is."""
+    return not bool(((values != 0) & ~mask).any())
+
+
+def zero_outside_(values, mask):
+    """Writes 0 wherever the mask is False, even over NaN."""
+    values.masked_fill_(~mask, 0)
+
+
 def _rows(ptr):
     return torch.arange(len(ptr) - 1, device=ptr.device).repeat_interleave(ptr.diff())
