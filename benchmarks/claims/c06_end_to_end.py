@@ -139,7 +139,7 @@ def masked_dense_imp(
     rewind_step: int,
     evaluate: Callable[[nn.Module], float],
 ) -> list[float]:
-    """:class:`prune.IMP` with ``W * M``: the same masks would follow from the same weights. Seconds of each round."""
+    """What :class:`prune.IMP` does, with ``W * M`` in dense layers. Returns the seconds of each round."""
     parameters = list(model.parameters())  # torch's pruning renames them, and they stay the same objects
     seconds = []
     for number in range(rounds + 1):

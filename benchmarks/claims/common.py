@@ -1,5 +1,6 @@
 """What the claims share: a claim, its criteria, and how several seeds become a verdict."""
 
+import math
 import os
 import statistics
 import time
@@ -84,7 +85,7 @@ def run_claim(
         started = time.perf_counter()
         results.append(claim.run(seed, size, tick))
         seconds.append(time.perf_counter() - started)
-    medians = {name: statistics.median(r.measures[name] for r in results) for name in results[0].measures}
+    medians = {name: _median([result.measures[name] for result in results]) for name in results[0].measures}
     criteria = [
         {**asdict(criterion), "median": medians[criterion.measure], "ok": criterion.holds(medians[criterion.measure])}
         for criterion in claim.criteria
@@ -107,6 +108,11 @@ def run_claim(
         "machine": machine,
         "load_average": load,
     }, results
+
+
+def _median(values: list[float]) -> float:
+    """NaN if one is NaN: among them there is no order."""
+    return math.nan if any(map(math.isnan, values)) else statistics.median(values)
 
 
 def results_table(result: dict) -> Table:
