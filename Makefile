@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | gpu-report | bench | lint | sanitize | clean.
+# make demo | test | test-gpu | gpu-report | bench | claims | lint | sanitize | clean.
 # Each makes .venv, installs and builds what is missing first.
 # Another torch:  make TORCH="torch" ...
 
@@ -12,7 +12,7 @@ BUILD := build/build.stamp
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: build demo test test-gpu test-gpu-full gpu-report bench lint format sanitize clean
+.PHONY: build demo test test-gpu test-gpu-full gpu-report bench claims lint format sanitize clean
 
 build: $(BUILD)
 
@@ -49,6 +49,10 @@ gpu-report: build
 
 bench: build
 	$(PY) -m benchmarks.run --suite quick
+
+# The paper's claims as experiments, into benchmarks/results/claims.
+claims: build
+	$(PY) -m benchmarks.claims --json --plot
 
 sanitize:
 	$(MAKE) -C python_tests/sanitize -j2

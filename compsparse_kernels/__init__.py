@@ -1,6 +1,6 @@
 """Sparse kernels for PyTorch that train and infer: block-sparse DAG layers, pruned nets, thresholded attention."""
 
-from compsparse_kernels import prune
+from compsparse_kernels import prune, theory
 from compsparse_kernels._version import __version__
 from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import AttentionSupport, BlockLayout, DAGLayout, MaskLayout
@@ -33,5 +33,6 @@ __all__ = [
     "prune",
     "sampled_block_matmul",
     "sampled_matmul",
+    "theory",
     "threshold_attention",
 ]

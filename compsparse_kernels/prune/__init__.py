@@ -8,6 +8,7 @@ them. :func:`report` measures what was won.
 """
 
 from compsparse_kernels.prune.convert import convert, to_dense, update_masks
+from compsparse_kernels.prune.drawing import draw_density, draw_displacements, draw_mask, draw_supports
 from compsparse_kernels.prune.imp import IMP, Round
 from compsparse_kernels.prune.magnitude import magnitude_masks
 from compsparse_kernels.prune.masks import masks_from_torch, random_masks
@@ -31,6 +32,10 @@ __all__ = [
     "Timing",
     "convert",
     "cubic_sparsity",
+    "draw_density",
+    "draw_displacements",
+    "draw_mask",
+    "draw_supports",
     "freeze",
     "magnitude_masks",
     "masks_from_torch",
