@@ -9,8 +9,8 @@ PATTERNS = ((1, 2), (2, 4), (1, 4), (3, 3), (4, 8), (2, 7), (2, 16), (5, 16), (3
 
 
 def nm_mask(out_features, in_features, n, m, missing=0.0, seed=0):
-    """bool ``[out, in]`` with ``n`` survivors in each group of ``m`` (all columns of a ragged group that has fewer), each
-    of which is missing with this probability."""
+    """bool ``[out, in]`` with ``n`` survivors in each group of ``m`` (all columns, in a ragged one that has
+    fewer), each of which is missing with this probability."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-in_features // m)
     scores = torch.rand(out_features, groups * m, generator=generator)
