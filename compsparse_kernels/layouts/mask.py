@@ -63,7 +63,7 @@ class MaskLayout:
             in each row, and None. The order by input is derived.
         blocks: for block, which blocks are stored; none shared.
         mask: bool, of the shape of the values: for dense which elements survive; for block and nm the same, or None
-            where all elements of the blocks, or all slots, do.
+            where all elements of the blocks, or all slots up to the last column, do.
         nm: for nm, where the slots are.
 
     Raises:
@@ -132,12 +132,10 @@ class MaskLayout:
 
     def _check_nm(self):
         self._check_part("nm", NMLayout)
-        inside = self.nm.inside()
-        if self.mask is None:
-            require(bool(inside.all()), "mask", "bool tensor, as some slots lie past the last column", "None")
-        else:
+        if self.mask is not None:
             _check_mask(self.mask, self.nm.values_shape)
-            require(not bool((self.mask & ~inside).any()), "mask", "False past the last column", "True")
+            past_the_end = bool((self.mask & ~self.nm.inside()).any())
+            require(not past_the_end, "mask", "False past the last column", "True")
             object.__setattr__(self, "mask", own(self.mask))
         return self.nm.values_shape
 
@@ -179,8 +177,8 @@ class MaskLayout:
             return cls(*mask.shape, kind, blocks=blocks, mask=None if whole else blocks.pack(mask))
         if kind == "nm":
             slots = NMLayout.from_mask(mask, *(nm or require_tightest(mask)))
-            kept = slots.pack(mask)
-            return cls(*mask.shape, kind, nm=slots, mask=None if bool(kept.all()) else kept)
+            whole = _count(mask) == slots.nnz
+            return cls(*mask.shape, kind, nm=slots, mask=None if whole else slots.pack(mask))
         return cls(*mask.shape, kind, mask=mask.clone())
 
     @classmethod
@@ -221,7 +219,7 @@ class MaskLayout:
             return len(self.by_output.idx)
         if self.mask is not None:
             return int(self.mask.sum())
-        return _elements(self.blocks) if self.kind == "block" else self.nm.out_features * self.nm.groups * self.nm.n
+        return _elements(self.blocks) if self.kind == "block" else self.nm.nnz
 
     @property
     def density(self) -> float:

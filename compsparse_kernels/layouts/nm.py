@@ -115,9 +115,14 @@ class NMLayout:
         return self.positions.device
 
     @cached_property
+    def nnz(self) -> int:
+        """Number of the weight's elements that have a slot."""
+        return int(self.inside().sum())
+
+    @property
     def density(self) -> float:
         """Share of the weight's elements that have a slot."""
-        return int(self.inside().sum()) / (self.out_features * self.in_features)
+        return self.nnz / (self.out_features * self.in_features)
 
     def offsets(self) -> torch.Tensor:
         """int64 ``[out, groups, n]``: the column of each slot in its group."""
