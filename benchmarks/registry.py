@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-MODULES = ("block_sparse_linear", "masked_linear", "dag_network", "threshold_attention", "overhead")
+MODULES = ("block_sparse_linear", "masked_linear", "nm_linear", "dag_network", "threshold_attention", "overhead")
 GPU_MODULES = ("block_sparse_linear", "masked_linear")  # these have cuda_entries()
 DEVICES = ("cpu", "cuda")
 SUITES = ("quick", "foundation", "bars", "all")
