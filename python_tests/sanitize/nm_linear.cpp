@@ -55,20 +55,42 @@ struct Slots {
   Buffer<int64_t> columns;
 };
 
-// Packs x [batch, features] panel by panel, and stores the sums of every chunk that `accumulate` makes.
+// Some batch rows of x [batch, features] as a panel, in a buffer of exactly its size; one row is not packed.
+template <typename T>
+struct Panel {
+  Panel(const NMPanels<T>& kernel, const Buffer<T>& x, int64_t first, int64_t batch, int64_t features)
+      : rows(std::min(kernel.rows, batch - first)),
+        width(kernel.width(rows)),
+        packed(Buffer<T>::unwritten(width == 1 ? 0 : width * features)),
+        data(width == 1 ? x.data() + first * features : packed.data()) {
+    for (int64_t part = 0; part < 2 && width > 1; ++part)
+      kernel.pack(x.data() + first * features, features, rows, {features * part / 2, features * (part + 1) / 2},
+                  packed.data());
+  }
+  const T* from(int64_t feature) const { return data + feature * width; }
+
+  int64_t rows, width;
+  Buffer<T> packed;
+  const T* data;
+};
+
+// y [batch, outputs] panel by panel: stores the sums of all chunks, which `accumulate` makes.
 template <typename T, class Accumulate>
 void run_panels(const NMKernels<T>& kernel, const Buffer<T>& x, int64_t batch, int64_t features, int64_t outputs,
                 const Buffer<T>& y, const Accumulate& accumulate) {
   for (int64_t first = 0; first < batch; first += kernel.product_panels.rows) {
-    const int64_t rows = std::min(kernel.product_panels.rows, batch - first), width = kernel.product_panels.width(rows);
-    const auto panel = Buffer<T>::unwritten(width * features);
-    for (int64_t part = 0; part < 2; ++part)
-      kernel.product_panels.pack(x.data() + first * features, features, rows,
-                                 {features * part / 2, features * (part + 1) / 2}, panel.data());
-    const auto sums = Buffer<T>::unwritten(round_up(outputs, batch_lanes) * width);
-    accumulate(panel, width, sums);
-    kernel.store(sums.data(), width, rows, outputs, outputs, y.data() + first * outputs);
+    const Panel<T> panel(kernel.product_panels, x, first, batch, features);
+    const auto sums = Buffer<T>::unwritten(round_up(outputs, batch_lanes) * panel.width);
+    accumulate(panel, sums);
+    kernel.store(sums.data(), panel.width, panel.rows, outputs, outputs, y.data() + first * outputs);
   }
+}
+
+// Some groups at a time, which begin at whole bytes and have no more than 256 columns.
+template <class Visit>
+void for_each_chunk(const NMPattern& p, const Visit& visit) {
+  const int64_t at_once = p.m > 60 ? 1 : 4;
+  for (int64_t g = 0; g < nm_groups(p); g += at_once) visit(Range{g, std::min(g + at_once, nm_groups(p))});
 }
 
 template <typename T>
@@ -79,21 +101,20 @@ void check_product(const NMKernels<T>& kernel, const Shape& s, const Slots& slot
   const auto values = Buffer<T>::random(slots.columns.size(), generator);
   const auto bias = Buffer<T>::random(s.out_features, generator);
   const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
-  const int64_t at_once = s.m > 60 ? 1 : 4;  // groups, which begin at whole bytes
-  run_panels(kernel, x, s.batch, s.in_features, s.out_features, y,
-             [&](const Buffer<T>& panel, int64_t width, const Buffer<T>& sums) {
-               for (int64_t g = 0; g < nm_groups(p); g += at_once) {
-                 const int64_t end = std::min(g + at_once, nm_groups(p)), count = (end - g) * s.n;
-                 const Buffer<uint8_t> idx(s.out_features * count);
-                 const Buffer<int32_t> counts(s.out_features);
-                 const bool ragged = end * s.m > s.in_features;
-                 kernel.by_row(p, {0, s.out_features}, {g, end}, idx.data(), ragged ? counts.data() : nullptr);
-                 const NMEntries<const T> entries = {
-                     values.data() + g * s.n, idx.data(), ragged ? counts.data() : nullptr, count, slots.slots, count};
-                 kernel.accumulate(entries, panel.data() + g * s.m * width, width, s.out_features, g == 0,
-                                   with_bias ? bias.data() : nullptr, sums.data());
-               }
-             });
+  const auto accumulate = [&](const Panel<T>& panel, const Buffer<T>& sums) {
+    for_each_chunk(p, [&](Range groups) {
+      const int64_t count = (groups.end - groups.begin) * s.n;
+      const Buffer<uint8_t> idx(s.out_features * count);
+      const Buffer<int32_t> counts(s.out_features);
+      int32_t* const inside = groups.end * s.m > s.in_features ? counts.data() : nullptr;
+      kernel.by_row(p, {0, s.out_features}, groups, idx.data(), inside);
+      const T* const first = values.data() + groups.begin * s.n;
+      const NMEntries<const T> entries = {first, idx.data(), inside, count, slots.slots, count};
+      kernel.accumulate(entries, panel.from(groups.begin * s.m), panel.width, s.out_features, groups.begin == 0,
+                        with_bias ? bias.data() : nullptr, sums.data());
+    });
+  };
+  run_panels(kernel, x, s.batch, s.in_features, s.out_features, y, accumulate);
   std::vector<double> exact(y.size());
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t r = 0; r < s.out_features; ++r) {
@@ -111,20 +132,22 @@ void check_transposed(const NMKernels<T>& kernel, const Shape& s, const Slots& s
   const auto x = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto values = Buffer<T>::random(slots.columns.size(), generator);
   const auto y = Buffer<T>::unwritten(s.batch * s.in_features);
-  const int64_t columns = nm_groups(p) * s.m;
-  run_panels(
-      kernel, x, s.batch, s.out_features, s.in_features, y,
-      [&](const Buffer<T>& panel, int64_t width, const Buffer<T>& sums) {
-        for (int64_t r = 0; r < s.out_features; r += chunk_rows) {
-          const int64_t end = std::min(r + chunk_rows, s.out_features), stride = end - r;
-          const Buffer<uint8_t> idx(columns * stride);
-          const auto ordered = Buffer<T>::unwritten(columns * stride);
-          const Buffer<int32_t> counts(columns);
-          kernel.by_column(p, values.data(), {0, nm_groups(p)}, {r, end}, idx.data(), ordered.data(), counts.data());
-          const NMEntries<const T> entries = {ordered.data(), idx.data(), counts.data(), 0, stride, stride};
-          kernel.accumulate(entries, panel.data() + r * width, width, s.in_features, r == 0, nullptr, sums.data());
-        }
+  const auto accumulate = [&](const Panel<T>& panel, const Buffer<T>& sums) {
+    for (int64_t r = 0; r < s.out_features; r += chunk_rows)
+      for_each_chunk(p, [&](Range groups) {
+        const int64_t first = groups.begin * s.m, columns = (groups.end - groups.begin) * s.m;
+        const Range rows = {r, std::min(r + chunk_rows, s.out_features)};
+        const int64_t stride = rows.end - rows.begin;
+        const Buffer<uint8_t> idx(columns * stride);
+        const auto ordered = Buffer<T>::unwritten(columns * stride);
+        const Buffer<int32_t> counts(columns);
+        kernel.by_column(p, values.data(), groups, rows, idx.data(), ordered.data(), counts.data());
+        const NMEntries<const T> entries = {ordered.data(), idx.data(), counts.data(), 0, stride, stride};
+        kernel.accumulate(entries, panel.from(r), panel.width, std::min(columns, s.in_features - first), r == 0,
+                          nullptr, sums.data() + first * panel.width);
       });
+  };
+  run_panels(kernel, x, s.batch, s.out_features, s.in_features, y, accumulate);
   std::vector<double> exact(y.size());
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t k = 0; k < slots.columns.size(); ++k)
@@ -139,22 +162,18 @@ void check_sampled(const NMKernels<T>& kernel, const Shape& s, const Slots& slot
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto values = Buffer<T>::unwritten(slots.columns.size());
-  const Buffer<int32_t> counts(s.out_features);
-  const NMPanels<T>& panels = kernel.sampled_panels;
-  for (int64_t first = 0; first < s.batch; first += panels.rows) {
-    const int64_t rows = std::min(panels.rows, s.batch - first), width = panels.width(rows);
-    const auto a_panel = Buffer<T>::unwritten(width * s.out_features);
-    const auto b_panel = Buffer<T>::unwritten(width * s.in_features);
-    panels.pack(a.data() + first * s.out_features, s.out_features, rows, {0, s.out_features}, a_panel.data());
-    panels.pack(b.data() + first * s.in_features, s.in_features, rows, {0, s.in_features}, b_panel.data());
-    const int64_t at_once = 8 / nm_bits(s.m);
-    for (int64_t g = 0; g < nm_groups(p); g += at_once) {
-      const int64_t end = std::min(g + at_once, nm_groups(p)), count = (end - g) * s.n;
+  for (int64_t first = 0; first < s.batch; first += kernel.sampled_panels.rows) {
+    const Panel<T> a_panel(kernel.sampled_panels, a, first, s.batch, s.out_features);
+    const Panel<T> b_panel(kernel.sampled_panels, b, first, s.batch, s.in_features);
+    for_each_chunk(p, [&](Range groups) {
+      const int64_t count = (groups.end - groups.begin) * s.n;
       const Buffer<uint8_t> idx(s.out_features * count);
-      kernel.by_row(p, {0, s.out_features}, {g, end}, idx.data(), counts.data());
-      const NMEntries<T> entries = {values.data() + g * s.n, idx.data(), counts.data(), count, slots.slots, count};
-      kernel.sampled(entries, a_panel.data(), b_panel.data() + g * s.m * width, width, s.out_features, first > 0);
-    }
+      const Buffer<int32_t> counts(s.out_features);
+      kernel.by_row(p, {0, s.out_features}, groups, idx.data(), counts.data());
+      T* const to = values.data() + groups.begin * s.n;
+      const NMEntries<T> entries = {to, idx.data(), counts.data(), count, slots.slots, count};
+      kernel.sampled(entries, a_panel.data, b_panel.from(groups.begin * s.m), a_panel.width, s.out_features, first > 0);
+    });
   }
   std::vector<double> exact(values.size());
   for (int64_t k = 0; k < values.size(); ++k) {
