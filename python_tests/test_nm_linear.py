@@ -41,9 +41,9 @@ def make_layout(out_features, in_features, nm, missing=0.0, transposed=False, se
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 48, 63, 64, 65, 66, 130])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 48, 63, 64, 65, 66, 130, 1100])
 def test_batches(batch, dtype):
-    """Every width of a panel, alone and after full panels."""
+    """Every width of a panel, alone and after full panels; more panels than are taken at a time."""
     assert_right(make_layout(37, 52, (2, 4)), batch, dtype)
 
 

@@ -78,6 +78,8 @@ class MaskLayout:
         >>> values = layout.pack(torch.randn(64, 64))
         >>> values.shape, layout.unpack(values).shape
         (torch.Size([64]), torch.Size([64, 64]))
+        >>> MaskLayout.from_mask(torch.arange(8).expand(2, 8) % 4 < 2, kind="nm", nm=(2, 4))
+        MaskLayout(2 x 8, 2:4, 8 survivors, density 0.500)
     """
 
     out_features: int

@@ -17,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 96;  // inputs of a chunk: with a full panel they fill half of a first-level cache or less
+constexpr int64_t kChunk = 96;         // inputs of a chunk: with a full panel they stay in the first-level cache
 constexpr int64_t kSampledChunk = 64;  // the same of wider panels
 constexpr int64_t kBlock = 128;        // outputs at a time, whose sums and entries stay in the second level
 constexpr int64_t kLongest = 256;      // most inputs of a chunk and outputs of a block, where one group is that large

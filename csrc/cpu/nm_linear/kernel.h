@@ -70,7 +70,8 @@ COMPSPARSE_INLINE void with_bits(int64_t m, const Visit& visit) {
   return visit.template operator()<8>();
 }
 
-// The positions in one byte, a byte each in a word: the shifted copies overlap, but not in the bits that are kept.
+// The positions in one byte, a byte each in a word, the first in its lowest (words are little-endian, as on every
+// processor torch is built for): the shifted copies overlap, but not in the bits that are kept.
 template <int Bits>
 struct Spread;
 
@@ -107,12 +108,14 @@ void spread_row(const uint8_t* bytes, const uint8_t* bases, int64_t slots, uint8
   for (int64_t s = whole * PerByte; s < slots; ++s) idx[s] = bases[s] + position_of<Bits>(bytes, s);
 }
 
-// The slots of a row in some groups, with bases of their own, to idx.
+// Where the positions of a row in some groups begin, and the next row's after them.
 template <int Bits>
-COMPSPARSE_INLINE void spread_groups(const NMPattern& p, int64_t r, Range groups, const uint8_t* bases, uint8_t* idx) {
-  const uint8_t* bytes = p.positions + r * nm_row_bytes(p) + groups.begin * p.n * Bits / 8;
-  spread_row<Bits>(bytes, bases, (groups.end - groups.begin) * p.n, idx);
-}
+struct RowBytes {
+  RowBytes(const NMPattern& p, int64_t row, Range groups)
+      : stride(nm_row_bytes(p)), bytes(p.positions + row * stride + groups.begin * p.n * Bits / 8) {}
+  int64_t stride;
+  const uint8_t* bytes;
+};
 
 inline void make_bases(const NMPattern& p, Range groups, uint8_t* bases) {
   for (int64_t s = 0; s < (groups.end - groups.begin) * p.n; ++s) bases[s] = s / p.n * p.m;
@@ -123,8 +126,9 @@ inline void by_row(const NMPattern& p, Range rows, Range groups, uint8_t* idx, i
   uint8_t bases[256];
   make_bases(p, groups, bases);
   with_bits(p.m, [&]<int Bits>() {
-    for (int64_t r = rows.begin; r < rows.end; ++r, idx += slots) {
-      spread_groups<Bits>(p, r, groups, bases, idx);
+    RowBytes<Bits> row(p, rows.begin, groups);
+    for (int64_t r = rows.begin; r < rows.end; ++r, idx += slots, row.bytes += row.stride) {
+      spread_row<Bits>(row.bytes, bases, slots, idx);
       if (!counts) continue;
       int64_t count = slots;
       while (count > 0 && idx[count - 1] >= inside) --count;
@@ -143,9 +147,10 @@ void by_column(const NMPattern& p, const T* values, Range groups, Range rows, ui
   make_bases(p, groups, bases);
   for (int64_t c = 0; c < num_columns; ++c) next[c] = c * stride;
   with_bits(p.m, [&]<int Bits>() {
-    for (int64_t row = 0; row < stride; ++row) {
-      spread_groups<Bits>(p, rows.begin + row, groups, bases, columns);
-      const T* row_values = values + (rows.begin + row) * all + groups.begin * p.n;
+    RowBytes<Bits> positions(p, rows.begin, groups);
+    const T* row_values = values + rows.begin * all + groups.begin * p.n;
+    for (int64_t row = 0; row < stride; ++row, positions.bytes += positions.stride, row_values += all) {
+      spread_row<Bits>(positions.bytes, bases, slots, columns);
       for (int64_t s = 0; s < slots; ++s) {
         const uint32_t place = next[columns[s]]++;
         idx[place] = row;
