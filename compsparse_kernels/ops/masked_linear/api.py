@@ -34,14 +34,13 @@ def masked_linear(
     It equals ``F.linear(x, W * M, bias)`` in value and gradient, and costs only the mask's survivors.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16, but for kind nm.
+        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16.
         values: the survivors, of shape ``layout.values_shape`` (see :meth:`MaskLayout.pack`), dtype of ``x``.
         layout: the mask, and how it is stored.
         bias: ``[out_features]`` or None.
         backend: None lets torch's dispatcher choose; ``"cpu"``, ``"cuda"`` or ``"reference"`` runs that one or says
             why not.
-            ``kind="dense"`` is torch's own product under either name. ``kind="nm"`` has kernels on the CPU alone
-            (``explain("nm_linear")``).
+            ``kind="dense"`` is torch's own product under either name.
 
     Returns:
         ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
