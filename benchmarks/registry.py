@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-MODULES = ("block_sparse_linear", "masked_linear", "dag_network", "threshold_attention", "proximal", "overhead")
+MODULES = (
+    "block_sparse_linear",
+    "masked_linear",
+    "nm_linear",
+    "dag_network",
+    "threshold_attention",
+    "proximal",
+    "overhead",
+)
 GPU_MODULES = ("block_sparse_linear", "masked_linear")  # these have cuda_entries()
 DEVICES = ("cpu", "cuda")
 SUITES = ("quick", "foundation", "bars", "all")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from compsparse_kernels import BlockLayout, block_sparse_linear, explain, sampled_block_matmul
-from compsparse_kernels.ops import OPS
+from compsparse_kernels.ops import NM_OPS, OPS
 from compsparse_kernels.testing import DTYPES, HALVES, ISAS, assert_within_budget, random_mask, random_tensor
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -338,7 +338,7 @@ MESSAGES = [
     ),
     (lambda: sampled(layout=LAYOUT.to("meta")), ValueError, "layout: expected on cpu, like a (layout.to(device)), got"),
     (lambda: sampled(layout=None), TypeError, "layout: expected BlockLayout, got NoneType"),
-    (lambda: explain("matmul"), ValueError, f"op: expected one of {', '.join(OPS)}, got 'matmul'"),
+    (lambda: explain("matmul"), ValueError, f"op: expected one of {', '.join(OPS + NM_OPS)}, got 'matmul'"),
 ]
 
 

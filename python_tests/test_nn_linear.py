@@ -11,6 +11,7 @@ from torch import nn
 
 from compsparse_kernels import BlockLayout, MaskLayout
 from compsparse_kernels.nn import MaskedLinear, SparseDAGLinear
+from python_tests.nm import nm_mask
 
 IN, OUT = 24, 40
 DTYPES = (torch.float32, torch.float64)
@@ -49,7 +50,13 @@ def masked_dense(seed=0, **options):
     return MaskedLinear(IN, OUT, random_mask(OUT, IN, 0.8, seed=seed), kind="dense", **options)
 
 
-FACTORIES = (dag, dag_tied, masked, masked_block, masked_dense)
+def masked_nm(seed=0, **options):
+    """Ragged groups, which hold less than 3 here and there."""
+    mask = nm_mask(OUT, IN, 3, 7, missing=0.2, seed=seed)
+    return MaskedLinear(IN, OUT, MaskLayout.from_mask(mask, "nm", nm=(3, 7)), **options)
+
+
+FACTORIES = (dag, dag_tied, masked, masked_block, masked_nm, masked_dense)
 every_layer = pytest.mark.parametrize("make", FACTORIES, ids=lambda f: f.__name__)
 # A tied weight has no dense twin that trains alike, and there is one such layout here.
 untied_layer = pytest.mark.parametrize("make", [f for f in FACTORIES if f is not dag_tied], ids=lambda f: f.__name__)
@@ -215,8 +222,8 @@ def test_own_state_dict_with_another_pattern_is_adopted(make):
 
 
 def test_kind_of_the_checkpoint_is_adopted():
-    mask = random_mask(OUT, IN)
-    layers = [MaskedLinear(IN, OUT, mask, kind=kind) for kind in ("csr", "block", "dense")]
+    mask = nm_mask(OUT, IN, 2, 4)
+    layers = [MaskedLinear(IN, OUT, mask, kind=kind) for kind in ("csr", "block", "nm", "dense")]
     x = torch.randn(3, IN)
     for source in layers:
         for target in layers:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from compsparse_kernels import ops
 from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import BlockLayout, DAGLayout, MaskLayout
+from compsparse_kernels.layouts.nm import group
 from compsparse_kernels.testing import dag_inputs, dag_node_by_node, random_mask, random_tensor
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -114,20 +115,37 @@ def _masked_cases() -> Iterator[Case]:
     ):
         layout = MaskLayout.from_mask(random_mask(*features, density), kind=kind)
         name = f"{batch} x ({features[1]} -> {features[0]}), density {density}, kind {kind}"
-        yield Case(
-            "masked_linear",
-            name,
-            _draw(x=(batch, features[1]), values=layout.values_shape, bias=(features[0],)),
-            lambda x, values, bias, layout=layout: ops.masked_linear(x, values, layout.to(x.device), bias),
-            lambda x, values, bias, layout=layout: F.linear(x, layout.to(x.device).unpack(values), bias),
-        )
-        yield Case(
-            "sampled_matmul",
-            name,
-            _draw(a=(batch, features[0]), b=(batch, features[1])),
-            lambda a, b, layout=layout: ops.sampled_matmul(a, b, layout.to(a.device)),
-            lambda a, b, layout=layout: layout.to(a.device).pack(a.mT @ b),
-        )
+        yield from _masked_pair(name, batch, layout)
+    for batch, features, nm in ((1, (96, 64), (2, 4)), (37, (83, 101), (2, 4)), (130, (192, 256), (4, 16))):
+        magnitude = random_tensor(features[0], features[1]).abs()
+        layout = MaskLayout.from_mask(_largest_of_groups(magnitude, *nm), kind="nm", nm=nm)
+        name = f"{batch} x ({features[1]} -> {features[0]}), {nm[0]}:{nm[1]}"
+        yield from _masked_pair(name, batch, layout)
+        yield from _masked_pair(f"{name}, transposed layout", batch, layout.T)
+
+
+def _masked_pair(name: str, batch: int, layout: MaskLayout) -> Iterator[Case]:
+    yield Case(
+        "masked_linear",
+        name,
+        _draw(x=(batch, layout.in_features), values=layout.values_shape, bias=(layout.out_features,)),
+        lambda x, values, bias: ops.masked_linear(x, values, layout.to(x.device), bias),
+        lambda x, values, bias: F.linear(x, layout.to(x.device).unpack(values), bias),
+    )
+    yield Case(
+        "sampled_matmul",
+        name,
+        _draw(a=(batch, layout.out_features), b=(batch, layout.in_features)),
+        lambda a, b: ops.sampled_matmul(a, b, layout.to(a.device)),
+        lambda a, b: layout.to(a.device).pack(a.mT @ b),
+    )
+
+
+def _largest_of_groups(magnitude: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """bool ``[out, in]``: the n largest of each m consecutive columns."""
+    grouped = group(magnitude, m)
+    kept = torch.zeros_like(grouped, dtype=torch.bool).scatter(-1, grouped.topk(n, dim=-1).indices, True)
+    return kept.flatten(1)[:, : magnitude.shape[1]]
 
 
 def _dag_cases() -> Iterator[Case]:
@@ -264,6 +282,6 @@ def _torch_step(name, param, grad, *state, step=None, penalty=None, strength=0.0
 
 def _shrink_groups(matrix, bound: float, block_out: int, block_in: int) -> None:
     for rows in matrix.split(block_out):
-        for group in rows.split(block_in, 1):
-            norm = torch.linalg.vector_norm(group)
-            group.mul_((1 - bound * group.numel() ** 0.5 / norm).clamp(min=0))
+        for block in rows.split(block_in, 1):
+            norm = torch.linalg.vector_norm(block)
+            block.mul_((1 - bound * block.numel() ** 0.5 / norm).clamp(min=0))

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from compsparse_kernels.layouts import MaskLayout, MaskOrder
+from compsparse_kernels.layouts import MaskLayout, MaskOrder, NMLayout
 from compsparse_kernels.layouts.checks import check_positive_int, describe, require
 from compsparse_kernels.nn.sparse_linear import SparseLinear, block_layout_of, block_pattern
 from compsparse_kernels.ops import masked_linear, sampled_matmul
@@ -20,7 +20,7 @@ class MaskedLinear(SparseLinear):
         in_features, out_features: as in ``nn.Linear``.
         mask: bool ``[out_features, in_features]``, True where the weight exists; or a :class:`MaskLayout`.
         bias: with a bias, or without.
-        kind: how to store a bool mask: ``"auto"``, ``"csr"``, ``"block"`` or ``"dense"``
+        kind: how to store a bool mask: ``"auto"``, ``"csr"``, ``"block"``, ``"nm"`` or ``"dense"``
             (:meth:`MaskLayout.from_mask`);
             a :class:`MaskLayout` brings its own.
         device, dtype: of the parameters; on the CPU computing needs float32 or float64, or autocast.
@@ -29,7 +29,8 @@ class MaskedLinear(SparseLinear):
     U(-1/sqrt(n), 1/sqrt(n)), where n is the number of inputs that an output has in the mask.
 
     Its state dict holds the parameters and the pattern, as tensors: ``values``, ``bias``, and ``row_ptr``, ``col_idx``
-    (csr), the same with ``slot`` (block; ``mask`` too, where blocks are partly filled) or ``mask`` (dense).
+    (csr), the same with ``slot`` (block; ``mask`` too, where blocks are partly filled), ``positions`` and ``nm``, the
+    pair N and M (nm; ``mask`` too, where groups hold less than N), or ``mask`` (dense).
     ``load_state_dict`` takes such a dict and adopts its pattern and kind (``values`` changes shape if need be: restore
     the optimizer's state with it), or the dict of an ``nn.Linear``, of which it keeps the mask's entries.
 
@@ -48,7 +49,7 @@ class MaskedLinear(SparseLinear):
         True
     """
 
-    PATTERN = ("row_ptr", "col_idx", "slot", "mask")
+    PATTERN = ("row_ptr", "col_idx", "slot", "positions", "nm", "mask")
 
     def __init__(
         self,
@@ -82,16 +83,22 @@ class MaskedLinear(SparseLinear):
             pattern |= {"row_ptr": layout.by_output.ptr, "col_idx": layout.by_output.idx}
         elif layout.kind == "block":
             pattern |= block_pattern(layout.blocks)
+        elif layout.kind == "nm":
+            pattern |= {"positions": layout.nm.positions, "nm": torch.tensor([layout.nm.n, layout.nm.m])}
         return pattern
 
     def _layout_of(self, pattern, values):
-        kind = KIND_OF_VALUES.get(values.dim())
+        kind = "nm" if "positions" in pattern else KIND_OF_VALUES.get(values.dim())
         require(kind is not None, "values", "1-D, 2-D or 3-D tensor", describe(values))
         parts = {"mask": pattern.get("mask")}
         if kind == "csr":
             parts["by_output"] = MaskOrder(pattern.get("row_ptr"), pattern.get("col_idx"), None)
         elif kind == "block":
             parts["blocks"] = block_layout_of(pattern, values, self.out_features, self.in_features)
+        elif kind == "nm":
+            nm = pattern.get("nm")
+            require(nm is not None and nm.shape == (2,), "nm", "tensor [2]: N and M", describe(nm))
+            parts["nm"] = NMLayout(self.out_features, self.in_features, *nm.tolist(), pattern["positions"])
         return MaskLayout(self.out_features, self.in_features, kind, **parts)
 
     def extra_repr(self) -> str:
@@ -105,4 +112,5 @@ def _mask_layout(mask, kind):
         return mask
     # A layer's values are its own, so they are stored by output even where a transposed layout came.
     block_shape = None if mask.blocks is None else mask.blocks.block_shape
-    return MaskLayout.from_mask(mask.to_mask(), mask.kind, block_shape)
+    nm = None if mask.nm is None else (mask.nm.n, mask.nm.m)
+    return MaskLayout.from_mask(mask.to_mask(), mask.kind, block_shape, nm)

@@ -17,8 +17,11 @@ OPS = (
     "proximal_sgd_",
     "proximal_adamw_",
 )
+# What masked_linear and sampled_matmul run on a layout of kind nm: they have backends of their own.
+NM_OPS = ("nm_linear", "nm_sampled")
 
 __all__ = [
+    "NM_OPS",
     "OPS",
     "block_sparse_linear",
     "cpu_isa",

@@ -36,6 +36,8 @@ _CPU_OPS = (
     "sampled_matmul",
     "threshold_attention",
     "dag_network",
+    "nm_linear",
+    "nm_sampled",
 )
 _PROXIMAL_OPS = ("proximal_sgd_", "proximal_adamw_")
 _TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward", *_PROXIMAL_OPS)
@@ -128,7 +130,8 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     """Each backend of an op, and whether it would run on these tensors: ``"runs"``, ``"available"`` or why not.
 
     Args:
-        op: name of an op, such as ``"block_sparse_linear"``.
+        op: name of an op, such as ``"block_sparse_linear"``; ``"nm_linear"`` and ``"nm_sampled"`` are masked_linear and
+            sampled_matmul of a layout of kind nm.
         tensors: the tensors it would get; without any, what this machine has.
 
     Example:
@@ -137,9 +140,10 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
         >>> explain("masked_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
         'dtype float16 (has float32, float64)'
     """
-    from compsparse_kernels.ops import OPS
+    from compsparse_kernels.ops import NM_OPS, OPS
 
-    require(op in OPS, "op", f"one of {', '.join(OPS)}", repr(op))
+    known = OPS + NM_OPS
+    require(op in known, "op", f"one of {', '.join(known)}", repr(op))
     for tensor in tensors:
         require(isinstance(tensor, torch.Tensor), "tensors", "tensors", type(tensor).__name__, TypeError)
     reasons = {backend: why_not(backend, op, *tensors) for backend in BACKENDS}

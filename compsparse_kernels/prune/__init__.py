@@ -2,9 +2,10 @@
 
 Masks come from :func:`magnitude_masks`, :func:`random_masks`, :func:`masks_from_torch`, or anyone's bool tensors.
 :func:`convert` puts :class:`MaskedLinear` layers in place, :func:`update_masks` changes their masks, :func:`to_dense`
-goes back; :func:`snapshot` and :func:`rewind` take weights back in time. Optimizer state follows the weights through all
-of these, to the bit. :class:`IMP`, :class:`GradualPruner`, :class:`RigL` and :class:`SET` are ways to train made of
-them. :func:`report` measures what was won.
+goes back; :func:`snapshot` and :func:`rewind` take weights back in time. Optimizer state follows the weights through
+all of these, to the bit. :class:`IMP`, :class:`GradualPruner`, :class:`RigL` and :class:`SET` are ways to train made of
+them, :class:`ProximalSGD`, :class:`ProximalAdamW` and :class:`BetaLasso` make weights exactly zero, which
+:func:`freeze` turns into masks. :func:`report` measures what was won, the ``draw_`` functions show what was found.
 """
 
 from compsparse_kernels.prune.convert import convert, to_dense, update_masks

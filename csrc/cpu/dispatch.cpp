@@ -7,18 +7,19 @@
 namespace compsparse {
 namespace {
 
-constexpr Kernels scalar = {"scalar",    &block_sparse_scalar, &masked_scalar,
-                            &dag_scalar, &attention_scalar,    &proximal_scalar};
+constexpr Kernels scalar = {"scalar",          &block_sparse_scalar, &masked_scalar,  &dag_scalar,
+                            &attention_scalar, &nm_scalar,           &proximal_scalar};
 #if defined(COMPSPARSE_X86)
-constexpr Kernels avx2 = {"avx2", &block_sparse_avx2, &masked_avx2, &dag_avx2, &attention_avx2, &proximal_avx2};
-constexpr Kernels avx512 = {"avx512",    &block_sparse_avx512, &masked_avx512,
-                            &dag_avx512, &attention_avx512,    &proximal_avx512};
+constexpr Kernels avx2 = {"avx2",          &block_sparse_avx2, &masked_avx2,  &dag_avx2,
+                          &attention_avx2, &nm_avx2,           &proximal_avx2};
+constexpr Kernels avx512 = {"avx512",          &block_sparse_avx512, &masked_avx512,  &dag_avx512,
+                            &attention_avx512, &nm_avx512,           &proximal_avx512};
 
 // avx512 but for products of bfloat16.
 Kernels avx512_bf16() {
   static const BlockSparseTable table = {block_sparse_avx512.f32, block_sparse_avx512.f64, block_sparse_avx512_bf16,
                                          block_sparse_avx512.f16};
-  return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention_avx512, &proximal_avx512};
+  return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention_avx512, &nm_avx512, &proximal_avx512};
 }
 
 bool has_avx2() {
