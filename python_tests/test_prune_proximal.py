@@ -74,7 +74,7 @@ def test_state_dicts_go_to_torch_and_back(make, torchs, options):
             for param, grad in zip(params, step, strict=True):
                 param.grad = grad
             after.step()
-        torch.testing.assert_close([param.detach() for param in params], whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close([param.detach() for param in params], whole)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -111,6 +111,10 @@ def least_squares(seed=0, out_features=6, in_features=20):
     return x, truth
 
 
+# What `train` leaves of a condition: 400 steps converge to the rounding of a gradient, a sum of 200 terms of about 1.
+LEFT = 200 * torch.finfo(torch.float64).eps
+
+
 def train(layer, optimizer, x, target, steps=400):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -135,7 +139,7 @@ def test_l1_reaches_the_optimum_of_the_lasso(settings):
     weight, slope = layer.weight.detach(), layer.weight.grad
     alive = weight != 0
     assert torch.equal(alive, truth != 0)
-    assert (slope[alive] + 0.1 * weight.sign()[alive]).abs().max() < 1e-6 and slope[~alive].abs().max() < 0.1
+    assert (slope[alive] + 0.1 * weight.sign()[alive]).abs().max() < LEFT and slope[~alive].abs().max() < 0.1
 
 
 @pytest.mark.parametrize("block_shape, shape", [(None, (1, 20)), ((2, 4), (2, 4))], ids=str)
@@ -153,7 +157,7 @@ def test_group_l1_reaches_its_optimum(block_shape, shape):
     norms, most = weight.norm(dim=-1, keepdim=True), 0.05 * math.sqrt(shape[0] * shape[1])
     dead = norms[..., 0] == 0
     assert torch.equal(dead, groups(truth).norm(dim=-1) == 0)
-    assert ((slope + most * weight / norms)[~dead]).abs().max() < 1e-6
+    assert ((slope + most * weight / norms)[~dead]).abs().max() < LEFT
     assert slope[dead].norm(dim=-1).max() < most
 
 
@@ -193,7 +197,7 @@ def test_beta_lasso_by_hand():
         expected *= expected.abs() >= 15 * 0.01
         died += int(((before != 0) & (expected == 0)).sum())
         lived += int(((before == 0) & (expected != 0)).sum())
-        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weight.detach(), expected)
     assert died > 50 and lived > 50
 
 
