@@ -9,17 +9,24 @@ import torch
 
 import compsparse_kernels.layouts.costs as costs_module
 from compsparse_kernels import MaskLayout
-from compsparse_kernels.layouts.choice import choose_kind
+from compsparse_kernels.layouts.choice import Choice, choose_kind
 from compsparse_kernels.layouts.costs import SHIPPED_COSTS, WAYS, CostModel, this_machine
 from compsparse_kernels.ops.masked_linear.calibration import calibrate
 from compsparse_kernels.testing import run_in_subprocess
 
-# Dense takes 1 an element, csr twice that, blocks .8; and a feature 2 for all but dense.
-PLAIN = CostModel({"dense": (0, 1), "csr": (2, 2), "block 32": (2, 0.8), "block 16": (2, 0.8), "block 8": (2, 0.9)})
+# Dense takes 1 an element, csr twice that, N:M 1.5, blocks .8; and a feature 2 for all but dense.
+PLAIN = CostModel(
+    {"dense": (0, 1), "csr": (2, 2), "nm": (2, 1.5), "block 32": (2, 0.8), "block 16": (2, 0.8), "block 8": (2, 0.9)}
+)
 
 
 def random_mask(rows, columns, density, seed=0):
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def nm_mask(n, m, rows=128, groups=32):
+    order = torch.rand(rows, groups, m, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    return (order < n).flatten(1)
 
 
 def block_mask(size, density=0.25, grid=(4, 8)):
@@ -27,17 +34,19 @@ def block_mask(size, density=0.25, grid=(4, 8)):
 
 
 CHOICES = {
-    "sparse": (random_mask(64, 96, 0.1), ("csr", None)),
-    "nearly full": (random_mask(64, 96, 0.95), ("block", (32, 32))),  # all blocks, and they are faster than dense
-    "tiny": (random_mask(2, 3, 0.5), ("dense", None)),  # what a feature costs is more than there is to save
-    "zeros": (torch.zeros(64, 96, dtype=torch.bool), ("csr", None)),
-    "ones": (torch.ones(64, 96, dtype=torch.bool), ("block", (32, 32))),
-    "blocks 32": (block_mask(32), ("block", (32, 32))),
-    "blocks 16": (block_mask(16), ("block", (16, 16))),
-    "ragged blocks": (block_mask(16)[:, :-5], ("block", (16, 16))),
-    "blocks 8": (block_mask(8), ("block", (8, 8))),
-    "partly filled": (block_mask(32) & random_mask(128, 256, 0.9), ("block", (32, 32))),
-    "hardly filled": (block_mask(32) & random_mask(128, 256, 0.1), ("csr", None)),
+    "sparse": (random_mask(64, 96, 0.1), Choice("csr")),
+    "nearly full": (random_mask(64, 96, 0.95), Choice("block", (32, 32))),  # all blocks, and they are faster than dense
+    "tiny": (random_mask(2, 3, 0.5), Choice("dense")),  # what a feature costs is more than there is to save
+    "zeros": (torch.zeros(64, 96, dtype=torch.bool), Choice("csr")),
+    "ones": (torch.ones(64, 96, dtype=torch.bool), Choice("block", (32, 32))),
+    "blocks 32": (block_mask(32), Choice("block", (32, 32))),
+    "blocks 16": (block_mask(16), Choice("block", (16, 16))),
+    "ragged blocks": (block_mask(16)[:, :-5], Choice("block", (16, 16))),
+    "blocks 8": (block_mask(8), Choice("block", (8, 8))),
+    "partly filled": (block_mask(32) & random_mask(128, 256, 0.9), Choice("block", (32, 32))),
+    "1:4": (nm_mask(1, 4), Choice("nm", nm=(1, 4))),
+    "2:8, ragged": (nm_mask(2, 8)[:, :-3], Choice("nm", nm=(2, 8))),
+    "hardly filled": (block_mask(32) & random_mask(128, 256, 0.1), Choice("csr")),
 }
 
 
@@ -45,9 +54,10 @@ CHOICES = {
 def test_auto(mask, expected):
     assert choose_kind(mask, None, PLAIN) == expected
     layout = MaskLayout.from_mask(mask, costs=PLAIN)
-    assert layout.kind == expected[0] and torch.equal(layout.to_mask(), mask)
-    assert layout.blocks is None or layout.blocks.block_shape == expected[1]
-    assert MaskLayout.from_dense(mask.float(), costs=PLAIN).kind == expected[0]
+    assert layout.kind == expected.kind and torch.equal(layout.to_mask(), mask)
+    assert layout.blocks is None or layout.blocks.block_shape == expected.block_shape
+    assert layout.nm is None or (layout.nm.n, layout.nm.m) == expected.nm
+    assert MaskLayout.from_dense(mask.float(), costs=PLAIN).kind == expected.kind
 
 
 def test_auto_with_a_block_shape():
@@ -59,9 +69,9 @@ def test_auto_with_a_block_shape():
 
 def test_blocks_smaller_than_any_line_cost_what_csr_does():
     mask = block_mask(4, grid=(32, 32))
-    assert choose_kind(mask, (4, 4), PLAIN) == ("block", (4, 4))  # as much as csr, with fewer indices
+    assert choose_kind(mask, (4, 4), PLAIN) == Choice("block", (4, 4))  # as much as csr, with fewer indices
     partly = mask & random_mask(*mask.shape, 0.9)
-    assert choose_kind(partly, (4, 4), PLAIN) == ("csr", None)
+    assert choose_kind(partly, (4, 4), PLAIN) == Choice("csr")
 
 
 def test_auto_follows_its_costs():
@@ -77,9 +87,9 @@ def test_a_sparse_kind_must_be_faster_by_a_margin():
 
 
 def test_the_shipped_costs():
-    assert choose_kind(random_mask(512, 512, 0.1), None, SHIPPED_COSTS) == ("csr", None)
-    assert choose_kind(random_mask(100, 100, 0.6), None, SHIPPED_COSTS) == ("dense", None)
-    assert choose_kind(block_mask(32, 0.3, (16, 16)), None, SHIPPED_COSTS) == ("block", (32, 32))
+    assert choose_kind(random_mask(512, 512, 0.1), None, SHIPPED_COSTS) == Choice("csr")
+    assert choose_kind(random_mask(100, 100, 0.6), None, SHIPPED_COSTS) == Choice("dense")
+    assert choose_kind(block_mask(32, 0.3, (16, 16)), None, SHIPPED_COSTS) == Choice("block", (32, 32))
 
 
 def test_calibration_measures_every_way_and_gives_the_threads_back():
@@ -164,7 +174,7 @@ ERRORS = {
     "missing": (
         lambda: CostModel({"csr": (1, 1)}),
         ValueError,
-        "lines: expected dense, csr, block 32, block 16, block 8, got csr",
+        "lines: expected dense, csr, nm, block 32, block 16, block 8, got csr",
     ),
     "line": (
         lambda: CostModel(dict.fromkeys(WAYS, (1, -1))),

@@ -182,7 +182,7 @@ class MaskLayout:
             check_nm(nm)
         mask = mask.detach().cpu().contiguous()
         if kind == "auto":
-            kind, block_shape = choose_kind(mask, block_shape, this_machine() if costs is None else costs)
+            kind, block_shape, nm = choose_kind(mask, block_shape, this_machine() if costs is None else costs)
         if kind == "csr":
             ptr, idx = map(torch.from_numpy, index.compress(mask.numpy()))
             return cls(*mask.shape, kind, MaskOrder(ptr, idx, None))

@@ -10,7 +10,7 @@ from compsparse_kernels.ops.masked_linear.api import masked_linear
 
 BATCH = 256
 FEATURES = 768
-DENSITIES = (0.05, 0.25)
+DENSITIES = (1 / 16, 1 / 4)
 SAMPLES = 7
 
 
@@ -37,20 +37,29 @@ def _line(way: str) -> Line:
 def _microseconds(way: str, density: float) -> tuple[int, float]:
     """Elements stored, and the time of forward and backward."""
     generator = torch.Generator().manual_seed(0)  # the same patterns at every calibration
+    layout = _layout(way, density, generator)
+    x, grad = (torch.randn(BATCH, FEATURES, generator=generator) for _ in range(2))
+    inputs = x.requires_grad_(), torch.randn(layout.values_shape, generator=generator).requires_grad_()
+    if way == "dense":  # a layer without a mask: what auto is to be no slower than
+        step = lambda: torch.autograd.grad(x @ inputs[1].T, inputs, grad)  # noqa: E731
+    else:
+        step = lambda: torch.autograd.grad(masked_linear(*inputs, layout), inputs, grad)  # noqa: E731
+    step()
+    return inputs[1].numel(), 1e6 * min(_seconds(step) for _ in range(SAMPLES))
+
+
+def _layout(way: str, density: float, generator: torch.Generator) -> MaskLayout:
+    if way == "nm":
+        m = round(1 / density)
+        place = torch.randint(m, (FEATURES, FEATURES // m, 1), generator=generator)
+        mask = (place == torch.arange(m)).flatten(1)
+        return MaskLayout.from_mask(mask, "nm", nm=(1, m))
     size = int(way.removeprefix("block ")) if way.startswith("block") else 1
     blocks = torch.rand(FEATURES // size, FEATURES // size, generator=generator) < density
     mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)
     mask &= torch.rand(mask.shape, generator=generator) < 0.99  # partly filled: the dearer sort of blocks
     kind = way.split()[0]
-    layout = MaskLayout.from_mask(mask, kind, (size, size) if kind == "block" else None)
-    x, grad = (torch.randn(BATCH, FEATURES, generator=generator) for _ in range(2))
-    inputs = x.requires_grad_(), torch.randn(layout.values_shape, generator=generator).requires_grad_()
-    if kind == "dense":
-        step = lambda: torch.autograd.grad(x @ inputs[1].T, inputs, grad)  # noqa: E731  (what auto is to be no slower than)
-    else:
-        step = lambda: torch.autograd.grad(masked_linear(*inputs, layout), inputs, grad)  # noqa: E731
-    step()
-    return inputs[1].numel(), 1e6 * min(_seconds(step) for _ in range(SAMPLES))
+    return MaskLayout.from_mask(mask, kind, (size, size) if kind == "block" else None)
 
 
 def _seconds(step) -> float:
