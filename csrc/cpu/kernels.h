@@ -234,6 +234,8 @@ struct NMKernels {
                      T* sums);
   // sums[outputs rounded up to batch_lanes][width] to y [batch_rows][outputs], rows `stride` apart.
   void (*store)(const T* sums, int64_t width, int64_t batch_rows, int64_t outputs, int64_t stride, T* y);
+  // y[columns of some groups] += x W, of one batch row; the groups begin at a whole byte.
+  void (*scatter)(const NMPattern&, const T* values, const T* x, Range groups, T* y);
   // One panel's share of the values, which are the sums over the batch of a[output] b[input]: stored, or added to what
   // is there. Panels of a begin at the first output, panels of b at the chunk.
   void (*sampled)(const NMEntries<T>&, const T* a_panel, const T* b_panel, int64_t width, int64_t rows, bool add);

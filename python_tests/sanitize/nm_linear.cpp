@@ -154,6 +154,14 @@ void check_transposed(const NMKernels<T>& kernel, const Shape& s, const Slots& s
       if (slots.columns[k] < s.in_features)
         exact[n * s.in_features + slots.columns[k]] += double(values[k]) * x[n * s.out_features + k / slots.slots];
   sanitize::expect_equal(y.data(), exact.data(), y.size(), "transposed product " + s.name());
+  const int64_t middle = nm_groups(p) / 8 * 4;  // begins at a whole byte
+  for (int64_t n = 0; n < s.batch; ++n) {
+    T* const row = y.data() + n * s.in_features;
+    std::fill(row, row + s.in_features, T(0));
+    for (const Range groups : {Range{0, middle}, Range{middle, nm_groups(p)}})
+      kernel.scatter(p, values.data(), x.data() + n * s.out_features, groups, row);
+  }
+  sanitize::expect_equal(y.data(), exact.data(), y.size(), "scattered product " + s.name());
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../partition.h"
@@ -21,6 +22,7 @@ constexpr int64_t kChunk = 96;         // inputs of a chunk: with a full panel t
 constexpr int64_t kSampledChunk = 64;  // the same of wider panels
 constexpr int64_t kBlock = 128;        // outputs at a time, whose sums and entries stay in the second level
 constexpr int64_t kLongest = 256;      // most inputs of a chunk and outputs of a block, where one group is that large
+constexpr int64_t kScattered = 3;      // batch rows that do not pay for sorting the weight by columns
 constexpr int64_t kPanels = 16;        // at a time, for which the entries of a block are made once
 
 template <typename T>
@@ -213,7 +215,10 @@ void product_block(const Product<T>& p, By<T>& by, Range outputs, Range panels, 
 template <typename T, template <typename> class By>
 void run_product(const Product<T>& p, int64_t parts) {
   const int64_t all = By<T>::outputs(p.pattern), unit = By<T>::unit(p.pattern), units = (all + unit - 1) / unit;
-  const int64_t block = std::max<int64_t>(kBlock / unit, 1) * unit, panels = p.panels.count();
+  const int64_t panels = p.panels.count();
+  // A single batch row stays in cache: the weight is then read nearly as it lies.
+  const int64_t wanted = panels > 0 && p.panels.width(0) == 1 ? batch_lanes : kBlock;
+  const int64_t block = std::max<int64_t>(wanted / unit, 1) * unit;
   const bool by_panels = panels >= 4 * parts;
   const int64_t stride = (kLongest + batch_lanes) * kernels_of(T{}).product_panels.rows;
   for_each_part(parts, [&](int64_t part) {
@@ -228,6 +233,26 @@ void run_product(const Product<T>& p, int64_t parts) {
   });
 }
 
+// The transposed product of few batch rows. Each part takes its share of the columns.
+template <typename T>
+void run_scattered(const NMPattern& pattern, const T* x, int64_t batch, const T* values, const T* bias, T* y,
+                   int64_t parts) {
+  const int64_t unit = 8 / nm_bits(pattern.m), groups = nm_groups(pattern), in = pattern.in_features;
+  for_each_part(parts, [&](int64_t part) {
+    const Range units = equal_share((groups + unit - 1) / unit, part, parts);
+    const Range mine = {units.begin * unit, std::min(units.end * unit, groups)};
+    const Range columns = {mine.begin * pattern.m, std::min(mine.end * pattern.m, in)};
+    for (int64_t n = 0; n < batch; ++n) {
+      T* const row = y + n * in;
+      if (bias)
+        std::copy(bias + columns.begin, bias + columns.end, row + columns.begin);
+      else
+        std::fill(row + columns.begin, row + columns.end, T(0));
+      kernels_of(T{}).scatter(pattern, values, x + n * pattern.out_features, mine, row);
+    }
+  });
+}
+
 template <template <typename> class By>
 Tensor product(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& positions,
                int64_t in_features, int64_t m) {
@@ -239,12 +264,13 @@ Tensor product(const Tensor& x, const Tensor& values, const std::optional<Tensor
   Tensor y = new_tensor(x, {batch, By<float>::outputs(pattern)});
   with_type(x, [&]<typename T>(T) {
     const int64_t parts = parts_for(batch * pattern.out_features * slots_of(pattern));
+    const T* const bias = offset ? data_of<T>(*offset) : nullptr;
+    T* const to = static_cast<T*>(y.data_ptr());
+    if constexpr (std::is_same_v<By<T>, ByColumn<T>>)
+      if (batch <= kScattered)
+        return run_scattered(pattern, data_of<T>(input), batch, data_of<T>(weights), bias, to, parts);
     const Panels<T> panels(kernels_of(T{}).product_panels, data_of<T>(input), batch, By<T>::inputs(pattern), parts);
-    run_product<T, By>({.pattern = pattern,
-                        .panels = panels,
-                        .values = data_of<T>(weights),
-                        .bias = offset ? data_of<T>(*offset) : nullptr,
-                        .y = static_cast<T*>(y.data_ptr())},
+    run_product<T, By>({.pattern = pattern, .panels = panels, .values = data_of<T>(weights), .bias = bias, .y = to},
                        parts);
   });
   return y;

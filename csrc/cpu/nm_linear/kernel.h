@@ -6,6 +6,7 @@
 // by_row:     the stored positions as columns of a chunk, a byte each.
 // by_column:  the same of the transpose: no second order is kept, since sorting costs as little as copying.
 // accumulate: one chunk's share of the sums.
+// scatter:    the transposed product of one batch row.
 // sampled:    one panel row of a stays in registers over its entries; L of them are summed across lanes at once.
 //
 // An output is summed in the order of its chunks, and in a chunk in the order of its entries; a sampled value in the
@@ -14,6 +15,10 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -118,7 +123,8 @@ struct RowBytes {
 };
 
 inline void make_bases(const NMPattern& p, Range groups, uint8_t* bases) {
-  for (int64_t s = 0; s < (groups.end - groups.begin) * p.n; ++s) bases[s] = s / p.n * p.m;
+  for (int64_t first = 0; first < (groups.end - groups.begin) * p.m; first += p.m)
+    for (int64_t k = 0; k < p.n; ++k) *bases++ = first;
 }
 
 inline void by_row(const NMPattern& p, Range rows, Range groups, uint8_t* idx, int32_t* counts) {
@@ -161,6 +167,25 @@ void by_column(const NMPattern& p, const T* values, Range groups, Range rows, ui
   for (int64_t c = 0; c < num_columns; ++c) counts[c] = next[c] - c * stride;
 }
 
+// For few batch rows, which do not pay for sorting: the rows of the weight as they lie, added to the columns.
+template <typename T>
+void scatter(const NMPattern& p, const T* values, const T* x, Range groups, T* y) {
+  const int64_t all = nm_groups(p) * p.n, whole = 8 / nm_bits(p.m), fit = 256 / p.m;
+  const int64_t at_once = max64(fit - fit % whole, 1);
+  uint8_t bases[256], columns[256];
+  make_bases(p, {0, at_once}, bases);
+  with_bits(p.m, [&]<int Bits>() {
+    for (int64_t row = 0; row < p.out_features; ++row)
+      for (int64_t g = groups.begin; g < groups.end; g += at_once) {
+        int64_t count = (min64(g + at_once, groups.end) - g) * p.n;
+        spread_row<Bits>(RowBytes<Bits>(p, row, {g, g}).bytes, bases, count, columns);
+        while (count > 0 && g * p.m + columns[count - 1] >= p.in_features) --count;
+        const T* row_values = values + row * all + g * p.n;
+        for (int64_t s = 0; s < count; ++s) y[g * p.m + columns[s]] += x[row] * row_values[s];
+      }
+  });
+}
+
 // sums[0 .. R L) = start + sum over the entries of value * panel row. Several at a time hide the FMA's latency.
 template <typename T, int L, int R>
 COMPSPARSE_INLINE void add_entries(const T* panel, const T* values, const uint8_t* idx, int64_t count,
@@ -193,11 +218,51 @@ COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const uint
   }
 }
 
+// Adds the products of the first entries to the sums, and says of how many.
+template <typename T, int L>
+COMPSPARSE_INLINE int64_t dot_windows(const T*, const T*, const uint8_t*, int64_t, Vec<T, L>&) {
+  return 0;
+}
+
+#if defined(__AVX512F__)
+// Inputs x[0 .. 32], of which the first `count` exist, by the lowest five bits of idx.
+COMPSPARSE_INLINE __m512 pick(const float* x, int64_t count, __m512i idx) {
+  const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
+  return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(lanes, x), idx, _mm512_maskz_loadu_ps(lanes >> 16, x + 16));
+}
+
+// Entries ascend, and in an N:M row they are dense: the inputs of 16 of them lie in a window of 32 or 64, out of which
+// they are picked in registers. (Widening is masked, since GCC 12 warns of what the plain form leaves undefined.)
+template <>
+COMPSPARSE_INLINE int64_t dot_windows<float, 4>(const float* x, const float* values, const uint8_t* idx, int64_t count,
+                                                Vec<float, 4>& sums) {
+  Vec<float, 16> lanes = {};
+  int64_t p = 0;
+  for (; p + 16 <= count; p += 16) {
+    const int64_t begin = idx[p], size = idx[p + 15] + 1 - begin;
+    if (size > 64) break;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(idx + p));
+    const __m512i place =
+        _mm512_sub_epi32(_mm512_maskz_cvtepu8_epi32(0xffff, bytes), _mm512_set1_epi32(static_cast<int>(begin)));
+    __m512 inputs = pick(x + begin, size, place);
+    if (size > 32) {
+      const __mmask16 far = _mm512_cmpgt_epi32_mask(place, _mm512_set1_epi32(31));
+      inputs = _mm512_mask_mov_ps(inputs, far, pick(x + begin + 32, size - 32, place));
+    }
+    lanes += (Vec<float, 16>)inputs * load<float, 16>(values + p);
+  }
+  const Vec<float, 8> half = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7) +
+                             __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15);
+  sums += __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  return p;
+}
+#endif
+
 // A chunk of one batch row: four sums hide the latency of the FMA.
 template <typename T, int L>
 COMPSPARSE_INLINE T dot_entries(const T* x, const T* values, const uint8_t* idx, int64_t count, T sum) {
   Vec<T, L> sums[4] = {};
-  int64_t p = 0;
+  int64_t p = dot_windows<T, L>(x, values, idx, count, sums[0]);
   for (; p + 4 * L <= count; p += 4 * L) multiply_gathered<T, L, 4>(x, values + p, idx + p, sums);
   for (; p + L <= count; p += L) multiply_gathered<T, L, 1>(x, values + p, idx + p, sums);
   for (; p < count; ++p) sum += values[p] * x[idx[p]];
@@ -302,8 +367,8 @@ constexpr NMPanels<T> nm_panels() {
 template <typename T, class Product, class Sampled>
 constexpr NMKernels<T> nm_kernels() {
   return {
-      nm_panels<T, Product>(), nm_panels<T, Sampled>(), by_row, by_column<T>, accumulate<T, Product>,
-      store<T, Product>,       sampled<T, Sampled>,
+      nm_panels<T, Product>(), nm_panels<T, Sampled>(), by_row,     by_column<T>,
+      accumulate<T, Product>,  store<T, Product>,       scatter<T>, sampled<T, Sampled>,
   };
 }
 
