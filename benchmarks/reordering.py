@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         digits = load_digits(arguments.digits)
         masks = imp_masks(digits, arguments.rounds, arguments.steps, lambda: progress.advance(task))
     rows = [
-        row for number, found in masks for layer, mask in found.items() for row in _rows(number, layer, mask, costs)
+        row
+        for number, found in enumerate(masks, start=1)
+        for layer, mask in found.items()
+        for row in describe(number, layer, mask, costs)
     ]
     result = {"machine": describe_run(), "costs": costs.lines, "rows": rows}
     write_json(result, arguments.json)
