@@ -13,10 +13,6 @@ namespace {
 
 using namespace compsparse;
 
-// Is a sum rounded when it is stored as T?
-template <typename T>
-constexpr bool narrows = sizeof(T) < sizeof(Sum<T>);
-
 template <int L>
 using Words = Vec<uint32_t, L>;
 template <int L>
