@@ -137,9 +137,8 @@ extern const BlockSparseKernels<BFloat16> block_sparse_avx512_bf16;
 
 // masked_linear
 
-// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that
-// the batch is the vector axis, and as wide as its sums. A panel of width 1 is the batch row itself, packed only to
-// widen it.
+// A panel holds some batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the batch is
+// the vector axis, and as wide as its sums. A panel of width 1 is the batch row itself, packed only to widen it.
 
 // y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
 template <typename T>
@@ -167,7 +166,8 @@ struct SampledSums {
 
 template <typename T>
 struct MaskedKernels {
-  int64_t panel_rows;  // batch rows of a full panel
+  int64_t product_rows;  // batch rows of a full panel of the product
+  int64_t sampled_rows;  // and of the sampled product
   int64_t (*panel_width)(int64_t rows);
   // The given features of `rows` batch rows of x, which are `stride` apart.
   void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* panel);

@@ -24,10 +24,10 @@ const Shape shapes[] = {
 // A matrix [batch, features] in panels, each in a buffer of exactly its size.
 template <typename T>
 struct Panels {
-  Panels(const MaskedKernels<T>& kernel, const Buffer<T>& x, int64_t batch, int64_t features)
+  Panels(const MaskedKernels<T>& kernel, int64_t panel_rows, const Buffer<T>& x, int64_t batch, int64_t features)
       : x(x), features(features) {
-    for (int64_t first = 0; first < batch; first += kernel.panel_rows) {
-      const int64_t end = first + kernel.panel_rows < batch ? first + kernel.panel_rows : batch;
+    for (int64_t first = 0; first < batch; first += panel_rows) {
+      const int64_t end = first + panel_rows < batch ? first + panel_rows : batch;
       const int64_t width = kernel.panel_width(end - first);
       rows.push_back({first, end});
       const bool as_stored = width == 1 && !narrows<T>;
@@ -69,7 +69,7 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
       .in_features = s.in_features,
       .out_features = s.out_features,
   };
-  const Panels<T> panels(kernel, x, s.batch, s.in_features);
+  const Panels<T> panels(kernel, kernel.product_rows, x, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < panels.rows.size(); ++panel)
       kernel.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
@@ -99,7 +99,8 @@ void check_sampled(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
       .in_features = s.in_features,
       .out_features = s.out_features,
   };
-  const Panels<T> a_panels(kernel, a, s.batch, s.out_features), b_panels(kernel, b, s.batch, s.in_features);
+  const Panels<T> a_panels(kernel, kernel.sampled_rows, a, s.batch, s.out_features),
+      b_panels(kernel, kernel.sampled_rows, b, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < a_panels.rows.size(); ++panel)
       kernel.sampled(sampled, a_panels.data(panel), b_panels.data(panel),

@@ -30,20 +30,21 @@ void for_dtype(ScalarType dtype, const Run& run) {
 template <typename T>
 struct Panels {
   const MaskedKernels<T>& kernel;
+  int64_t panel_rows;
   const T* x;
   int64_t batch;
   int64_t features;
 
-  int64_t count() const { return (batch + kernel.panel_rows - 1) / kernel.panel_rows; }
+  int64_t count() const { return (batch + panel_rows - 1) / panel_rows; }
   Range rows(int64_t panel) const {
-    const int64_t first = panel * kernel.panel_rows;
-    return {first, std::min(first + kernel.panel_rows, batch)};
+    const int64_t first = panel * panel_rows;
+    return {first, std::min(first + panel_rows, batch)};
   }
   int64_t width(int64_t panel) const { return kernel.panel_width(rows(panel).end - rows(panel).begin); }
   bool is_packed(int64_t panel) const { return narrows<T> || width(panel) > 1; }
   int64_t packed_size(int64_t panel) const { return is_packed(panel) ? width(panel) * features : 0; }
   // Where a panel lies in a buffer that holds all of them.
-  int64_t offset(int64_t panel) const { return panel * kernel.panel_rows * features; }
+  int64_t offset(int64_t panel) const { return panel * panel_rows * features; }
   int64_t size() const { return count() == 0 ? 0 : offset(count() - 1) + packed_size(count() - 1); }
   int64_t largest() const { return count() == 0 ? 0 : packed_size(0); }
 
@@ -97,7 +98,7 @@ void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t
 template <typename T>
 void run_product(const Panels<T>& panels, const MaskedProduct<T>& p) {
   const int64_t parts = parts_for(p.batch * (p.ptr[p.out_features] + p.out_features));
-  const bool even = p.batch % (panels.kernel.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
+  const bool even = p.batch % (panels.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
   even ? product_by_panels(panels, p, parts) : product_by_rows(panels, p, parts);
 }
 
@@ -173,7 +174,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
         .in_features = x.size(1),
         .out_features = out_features,
     };
-    run_product<T>({kernel, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
+    run_product<T>({kernel, kernel.product_rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
   };
   for_dtype(x.scalar_type(), run);
   return y;
@@ -218,8 +219,8 @@ Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const
         .in_features = b.size(1),
         .out_features = a.size(1),
     };
-    run_sampled<T>({kernel, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
-                   {kernel, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s,
+    run_sampled<T>({kernel, kernel.sampled_rows, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
+                   {kernel, kernel.sampled_rows, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s,
                    static_cast<T*>(values.data_ptr()));
   };
   for_dtype(a.scalar_type(), run);

@@ -17,32 +17,34 @@ namespace {
 
 using namespace compsparse;
 
-// Lanes of the widest vector of sums, and vectors across a full panel.
-template <typename S, int MaxLanes_, int MaxVectors_>
+// Lanes of the widest vector of sums, and vectors across a full panel: few for the product, so that more features fit
+// in the first-level cache; more for the sampled product, where each entry's sum across lanes is shared by them.
+template <typename S, int MaxLanes_, int ProductVectors_, int SampledVectors_>
 struct Target {
   static constexpr int MaxLanes = MaxLanes_;
-  static constexpr int MaxVectors = MaxVectors_;
+  static constexpr int ProductVectors = ProductVectors_;
+  static constexpr int SampledVectors = SampledVectors_;
   static constexpr int MinLanes = 16 / sizeof(S);
-  static constexpr int64_t PanelRows = MaxLanes * MaxVectors;
 };
 
 // Whole vectors, or the narrowest vector that holds all rows.
-template <typename T, class Target>
+template <class Target>
 int64_t panel_width(int64_t rows) {
   if (rows == 1) return 1;
   int64_t lanes = Target::MaxLanes;
   while (lanes > Target::MinLanes && rows <= lanes / 2) lanes /= 2;
-  return min64(round_up(rows, lanes), Target::PanelRows);
+  return round_up(rows, lanes);
 }
 
-// Calls the body made for a panel of this width: visit.template operator()<L, R>() with R vectors of L lanes.
-template <typename T, class Target, int L = Target::MaxLanes, int R = Target::MaxVectors, class Visit>
+// Calls the body made for a panel of this width: visit.template operator()<L, R>() with R vectors of L lanes, R at most
+// `Vectors`.
+template <class Target, int Vectors, int L = Target::MaxLanes, class Visit>
 COMPSPARSE_INLINE void with_width(int64_t width, const Visit& visit) {
-  if (width == L * R) return visit.template operator()<L, R>();
-  if constexpr (R > 1)
-    with_width<T, Target, L, R - 1>(width, visit);
+  if (width == L * Vectors) return visit.template operator()<L, Vectors>();
+  if constexpr (Vectors > 1)
+    with_width<Target, Vectors - 1, L>(width, visit);
   else if constexpr (L > Target::MinLanes)
-    with_width<T, Target, L / 2, 1>(width, visit);
+    with_width<Target, 1, L / 2>(width, visit);
 }
 
 template <typename T, int L>
@@ -63,10 +65,12 @@ void round_row(const Sum<T>* sums, Range some, T* values) {
 // Features of `rows` batch rows of x, rows `stride` apart, to a panel; lanes without a batch row are zero.
 template <typename T, class Target>
 void pack(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* panel) {
-  const int64_t width = panel_width<T, Target>(rows);
+  const int64_t width = panel_width<Target>(rows);
   if (width == 1)
     return widen_row<T, Target::MaxLanes>(x + features.begin, features.end - features.begin, panel + features.begin);
-  with_width<T, Target>(width, [&]<int L, int R>() {
+  constexpr int Vectors =
+      Target::SampledVectors > Target::ProductVectors ? Target::SampledVectors : Target::ProductVectors;
+  with_width<Target, Vectors>(width, [&]<int L, int R>() {
     for (int64_t f = features.begin; f < features.end; f += L)
       for (int64_t n = 0; n < R * L; n += L)
         pack_square<T, L>(x + n * stride + f, stride, rows - n, features.end - f, R * L, panel + f * R * L + n);
@@ -138,9 +142,10 @@ void product_single(const MaskedProduct<T>& p, const Sum<T>* x, int64_t n, Range
 
 template <typename T, class Target>
 void product(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range rows) {
-  const int64_t width = panel_width<T, Target>(batch.end - batch.begin);
+  const int64_t width = panel_width<Target>(batch.end - batch.begin);
   if (width == 1) return product_single<T, Target::MinLanes>(p, panel, batch.begin, rows);
-  with_width<T, Target>(width, [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
+  with_width<Target, Target::ProductVectors>(width,
+                                             [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
 
 template <typename T, int L, int R>
@@ -189,15 +194,21 @@ void sampled_single(const SampledSums<T>& s, const T* a, const T* b, bool add, R
 
 template <typename T, class Target>
 void sampled(const SampledSums<T>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows) {
-  const int64_t width = panel_width<T, Target>(batch_rows);
+  const int64_t width = panel_width<Target>(batch_rows);
   if (width == 1) return sampled_single<T>(s, a_panel, b_panel, add, rows);
-  with_width<T, Target>(width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
+  with_width<Target, Target::SampledVectors>(
+      width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
 }
 
 template <typename T, class Target>
 constexpr MaskedKernels<T> masked_kernels() {
-  return {Target::PanelRows,  panel_width<T, Target>,  pack<T, Target>,
-          product<T, Target>, sampled<Sum<T>, Target>, round_row<T, Target::MaxLanes>};
+  return {Target::MaxLanes * Target::ProductVectors,
+          Target::MaxLanes * Target::SampledVectors,
+          panel_width<Target>,
+          pack<T, Target>,
+          product<T, Target>,
+          sampled<Sum<T>, Target>,
+          round_row<T, Target::MaxLanes>};
 }
 
 }  // namespace
