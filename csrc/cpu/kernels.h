@@ -138,7 +138,7 @@ extern const BlockSparseKernels<BFloat16> block_sparse_avx512_bf16;
 // masked_linear
 
 // A panel holds some batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the batch is
-// the vector axis, and as wide as its sums. A panel of width 1 is the batch row itself, packed only to widen it.
+// the vector axis, in the type of their sums. A panel of width 1 is the batch row itself, packed only to widen it.
 
 // y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
 template <typename T>
@@ -176,7 +176,7 @@ struct MaskedKernels {
   // One panel's share of the sums: stored, or added to what is there.
   void (*sampled)(const SampledSums<Sum<T>>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
                   bool add, Range rows);
-  void (*round)(const Sum<T>* sums, Range, T* values);
+  void (*round)(const Sum<T>* sums, Range entries, T* values);
 };
 
 struct MaskedTable {

@@ -5,7 +5,8 @@
                                 for a [batch, out], b [batch, in]
 
 One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or
-``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm.
+``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm. Half
+precision is summed in float32 and rounded once.
 """
 
 import torch

@@ -128,21 +128,31 @@ COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const int3
   }
 }
 
-// The batch row x: four sums hide the latency of the FMA.
+// One output of the batch row x: four sums hide the latency of the FMA.
+template <typename T, int L>
+COMPSPARSE_INLINE Sum<T> product_element(const MaskedProduct<T>& p, const Sum<T>* x, int64_t r) {
+  using S = Sum<T>;
+  Vec<S, L> sums[4] = {};
+  int64_t e = p.ptr[r];
+  const int64_t end = p.ptr[r + 1];
+  for (; e + 4 * L <= end; e += 4 * L) multiply_gathered<S, L, 4>(x, p.values + e, p.idx + e, sums);
+  for (; e + L <= end; e += L) multiply_gathered<S, L, 1>(x, p.values + e, p.idx + e, sums);
+  S sum = p.bias ? p.bias[r] : S(0);
+  for (; e < end; ++e) sum += p.values[e] * x[p.idx[e]];
+  const Vec<S, L> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) sum += lanes[i];
+  return sum;
+}
+
+// Outputs together, so that they are rounded as vectors.
 template <typename T, int L>
 void product_single(const MaskedProduct<T>& p, const Sum<T>* x, int64_t n, Range rows) {
-  using S = Sum<T>;
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    Vec<S, L> sums[4] = {};
-    int64_t e = p.ptr[r];
-    const int64_t end = p.ptr[r + 1];
-    for (; e + 4 * L <= end; e += 4 * L) multiply_gathered<S, L, 4>(x, p.values + e, p.idx + e, sums);
-    for (; e + L <= end; e += L) multiply_gathered<S, L, 1>(x, p.values + e, p.idx + e, sums);
-    S sum = p.bias ? p.bias[r] : S(0);
-    for (; e < end; ++e) sum += p.values[e] * x[p.idx[e]];
-    const Vec<S, L> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) sum += lanes[i];
-    store_narrow<T, 1>(p.y + n * p.out_features + r, Vec<S, 1>{sum});
+  constexpr int64_t together = 64;
+  Sum<T> sums[together];
+  for (int64_t row = rows.begin; row < rows.end; row += together) {
+    const int64_t count = min64(together, rows.end - row);
+    for (int64_t i = 0; i < count; ++i) sums[i] = product_element<T, L>(p, x, row + i);
+    round_row<T, L>(sums, {0, count}, p.y + n * p.out_features + row);
   }
 }
 
