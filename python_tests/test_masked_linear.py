@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compsparse_kernels import MaskLayout, explain, masked_linear, sampled_matmul
+from compsparse_kernels import MaskLayout, masked_linear, sampled_matmul
 from compsparse_kernels.layouts import index
-from compsparse_kernels.ops.masked_linear import reference
+from compsparse_kernels.ops import cpu_isa
 from compsparse_kernels.testing import (
     DTYPES,
+    HALVES,
     ISAS,
     MEMORY_FORMS,
     THREADS,
@@ -21,72 +21,23 @@ from compsparse_kernels.testing import (
     random_tensor,
     run_in_subprocess,
 )
+from python_tests.masked import (
+    KINDS,
+    assert_linear_right,
+    assert_right,
+    dense_linear,
+    make_inputs,
+    make_layout,
+    ours_linear,
+    output_and_gradients,
+)
 
-KINDS = ("csr", "block", "dense")
-
-
-def make_layout(out_features, in_features, density=0.3, seed=0, kind="csr", block_shape=(8, 4)):
-    mask = random_mask(out_features, in_features, density, seed)
-    return MaskLayout.from_mask(mask, kind, block_shape if kind == "block" else None)
-
-
-def make_inputs(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):
-    """x, values, bias and the gradient of the output."""
-    shapes = ((batch, layout.in_features), layout.values_shape, (layout.out_features,), (batch, layout.out_features))
-    return [random_tensor(*shape, dtype=dtype, memory=memory, seed=seed + i) for i, shape in enumerate(shapes)]
-
-
-def dense_linear(layout):
-    return lambda x, values, bias: F.linear(x, layout.unpack(values), bias)
-
-
-def ours_linear(layout):
-    return lambda x, values, bias: masked_linear(x, values, layout, bias)
-
-
-def output_and_gradients(function, inputs, grad, dtype):
-    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
-
-
-def assert_all_within_budget(ours, dense, inputs, grad, names):
-    """Output and every gradient of ``ours``, in the dtype of the inputs, against ``dense``."""
-    results = output_and_gradients(ours, inputs, grad, grad.dtype)
-    peers = output_and_gradients(dense, inputs, grad, torch.float32)
-    exact = output_and_gradients(dense, inputs, grad, torch.float64)
-    sizes = output_and_gradients(dense, [tensor.abs() for tensor in inputs], grad.abs(), torch.float64)
-    for name, result, *others in zip(names, results, peers, exact, sizes, strict=True):
-        assert result.dtype == grad.dtype
-        assert_within_budget(result, others[0], others[1], name, magnitude=others[2])
-
-
-def assert_linear_right(layout, inputs):
-    *inputs, grad = inputs
-    names = ("output", "gradient of x", "gradient of values", "gradient of bias")
-    assert_all_within_budget(ours_linear(layout), dense_linear(layout), inputs, grad, names)
-
-
-def assert_sampled_right(layout, a, b, grad):
-    def ours(a, b):
-        return sampled_matmul(a, b, layout)
-
-    def dense(a, b):
-        return layout.pack(a.mT @ b)
-
-    assert_all_within_budget(ours, dense, (a, b), grad, ("output", "gradient of a", "gradient of b"))
-
-
-def assert_right(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):
-    x, values, bias, grad = make_inputs(layout, batch, dtype, seed, memory)
-    assert_linear_right(layout, (x, values, bias, grad))
-    assert_sampled_right(layout, grad, x, values)
-
+ALL_DTYPES = (*DTYPES, *HALVES)
 
 # ---- shapes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 48, 63, 64, 65, 66, 130])
 def test_batches(batch, dtype):
     """Every width of a panel, alone and after full panels."""
@@ -113,7 +64,7 @@ def test_empty_batch(kind):
     assert torch.equal(sampled_matmul(grad, x, layout), torch.zeros(layout.values_shape))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_empty_rows_and_columns(dtype):
     mask = torch.zeros(20, 30, dtype=torch.bool)
     mask[3, 4] = mask[3, 29] = mask[17, 4] = True
@@ -138,7 +89,7 @@ def test_leading_dimensions(lead, kind):
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     batch=st.integers(1, 150),
     density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(ALL_DTYPES),
     kind=st.sampled_from(KINDS),
     block_shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     transposed=st.booleans(),
@@ -153,7 +104,7 @@ def test_any_shape(shape, batch, density, dtype, kind, block_shape, transposed, 
 # ---- memory
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("memory", MEMORY_FORMS)
 def test_memory_of_inputs_and_gradients(memory, dtype):
     assert_right(make_layout(40, 48), 18, dtype, memory=memory)
@@ -174,7 +125,7 @@ def test_inputs_stay_as_they_are():
 
 
 @pytest.mark.parametrize("batch", [1, 3, 65, 140])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_every_output_is_written(batch, dtype):
     """Deterministic mode fills fresh memory with NaN."""
     layout = make_layout(37, 51)
@@ -233,7 +184,7 @@ def test_dropped_values_have_no_part(kind):
 # ---- positions of 64 bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_wide_positions(monkeypatch, dtype):
     monkeypatch.setattr(index, "INT32_LIMIT", 1)
     layout = make_layout(37, 51)
@@ -280,7 +231,7 @@ def test_no_graph_without_need():
 # ---- threads and instruction sets
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, batch", [((250, 300), 61), ((40, 900), 260), ((900, 40), 129), ((700, 800), 1)], ids=str
 )
@@ -295,7 +246,7 @@ def test_bitwise_equal_for_any_number_of_threads(shape, batch, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 61, 200])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, batch, dtype):
@@ -317,7 +268,7 @@ def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, batch, d
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
     """This file's tests of shapes and memory, in a process whose kernels are capped to one instruction set."""
     code = (
@@ -327,169 +278,3 @@ def test_every_instruction_set(isa):
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
     )
     run_in_subprocess(code, isa=isa)
-
-
-# ---- torch's contracts
-
-
-@pytest.mark.parametrize("memory", ["contiguous", "transposed", "strided"])
-@pytest.mark.parametrize("batch", [0, 1, 5])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_opcheck(with_bias, batch, memory):
-    layout = make_layout(20, 24)
-    x, values, bias, grad = make_inputs(layout, batch, memory=memory)
-    bias = bias if with_bias else None
-    product = torch.ops.compsparse.masked_linear
-    torch.library.opcheck(product, (x, values, bias, *layout.by_output, 20))
-    torch.library.opcheck(product, (grad, values, None, *layout.by_input, 24))
-    torch.library.opcheck(torch.ops.compsparse.sampled_matmul, (grad, x, *layout.by_output[:2]))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_op_means_its_reference(with_bias, transposed):
-    """Boxing does not check: each argument straight through the registered op."""
-    layout = make_layout(20, 24)
-    layout = layout.T if transposed else layout
-    x, values, bias, grad = make_inputs(layout)
-    arguments = (x, values, bias if with_bias else None, *layout.by_output, layout.out_features)
-    ours = torch.ops.compsparse.masked_linear(*arguments)
-    torch.testing.assert_close(ours, reference.masked_linear(*arguments))
-    arguments = (grad, x, *layout.by_output[:2])
-    torch.testing.assert_close(torch.ops.compsparse.sampled_matmul(*arguments), reference.sampled_matmul(*arguments))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile(kind):
-    layout = make_layout(20, 24, kind=kind)
-    *inputs, grad = make_inputs(layout)
-    compiled = torch.compile(ours_linear(layout), fullgraph=True, backend="aot_eager")
-    ours = output_and_gradients(compiled, inputs, grad, torch.float32)
-    eager = output_and_gradients(ours_linear(layout), inputs, grad, torch.float32)
-    for a, b in zip(ours, eager, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind):
-    layout = make_layout(20, 24, kind=kind)
-    x, values, bias, _ = make_inputs(layout)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = masked_linear(x.bfloat16(), values.requires_grad_(), layout, bias)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        y.float(), masked_linear(x.bfloat16().float(), values, layout, bias), atol=0.05, rtol=0.01
-    )
-    y.sum().backward()
-    assert values.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "backend", ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="none"))]
-)
-def test_backends(backend, kind):
-    layout = make_layout(20, 24, kind=kind)
-    x, values, bias, _ = make_inputs(layout)
-    y = masked_linear(x, values, layout, bias, backend=backend)
-    torch.testing.assert_close(y, dense_linear(layout)(x, values, bias))
-
-
-def test_explain():
-    for op in ("masked_linear", "sampled_matmul"):
-        reasons = explain(op)
-        assert set(reasons) == {"cpu", "triton", "cuda", "reference"}
-        assert reasons["triton"] == "has no kernel of this op"
-        if not torch.version.cuda:
-            assert reasons["cuda"] == "this torch was built without CUDA"
-
-
-# ---- errors
-
-
-LAYOUT = make_layout(4, 6, 0.5)
-N = LAYOUT.nnz
-X, VALUES, BIAS, GRAD = make_inputs(LAYOUT, 3)
-ERRORS = {
-    "layout": (lambda: masked_linear(X, VALUES, "csr"), TypeError, "layout: expected MaskLayout, got str"),
-    "x shape": (
-        lambda: masked_linear(X[:, :5], VALUES, LAYOUT),
-        ValueError,
-        "x: expected tensor [..., 6], got 2-D float32 tensor [3, 5]",
-    ),
-    "x dtype": (
-        lambda: masked_linear(X.half(), VALUES.half(), LAYOUT),
-        TypeError,
-        "x: expected float32 or float64, got 2-D float16 tensor [3, 6]",
-    ),
-    "values shape": (
-        lambda: masked_linear(X, VALUES[1:], LAYOUT),
-        ValueError,
-        f"values: expected tensor [{N}], got 1-D float32 tensor [{N - 1}]",
-    ),
-    "values dtype": (
-        lambda: masked_linear(X, VALUES.double(), LAYOUT),
-        TypeError,
-        f"values: expected float32, like x, got 1-D float64 tensor [{N}]",
-    ),
-    "bias shape": (
-        lambda: masked_linear(X, VALUES, LAYOUT, BIAS[1:]),
-        ValueError,
-        "bias: expected tensor [4] or None, got 1-D float32 tensor [3]",
-    ),
-    "bias dtype": (
-        lambda: masked_linear(X, VALUES, LAYOUT, BIAS.double()),
-        TypeError,
-        "bias: expected float32, like x, got 1-D float64 tensor [4]",
-    ),
-    "values device": (
-        lambda: masked_linear(X, VALUES.to("meta"), LAYOUT),
-        ValueError,
-        "values: expected a tensor on cpu, like x, got one on meta",
-    ),
-    "layout device": (
-        lambda: masked_linear(X.to("meta"), VALUES.to("meta"), LAYOUT),
-        ValueError,
-        "layout: expected on meta, like x (layout.to(device)), got one on cpu",
-    ),
-    "backend": (
-        lambda: masked_linear(X, VALUES, LAYOUT, backend="gpu"),
-        ValueError,
-        "backend: expected one of cpu, triton, cuda, reference or None, got 'gpu'",
-    ),
-    "sampled layout": (lambda: sampled_matmul(GRAD, X, None), TypeError, "layout: expected MaskLayout, got NoneType"),
-    "sampled a": (
-        lambda: sampled_matmul(GRAD[0], X, LAYOUT),
-        ValueError,
-        "a: expected 2-D tensor [batch, 4], got 1-D float32 tensor [4]",
-    ),
-    "sampled b": (
-        lambda: sampled_matmul(GRAD, GRAD, LAYOUT),
-        ValueError,
-        "b: expected 2-D tensor [batch, 6], got 2-D float32 tensor [3, 4]",
-    ),
-    "sampled batch": (lambda: sampled_matmul(GRAD, X[1:], LAYOUT), ValueError, "b: expected batch 3, as in a, got 2"),
-    "sampled dtype": (
-        lambda: sampled_matmul(GRAD.half(), X.half(), LAYOUT),
-        TypeError,
-        "a: expected float32 or float64, got 2-D float16 tensor [3, 4]",
-    ),
-    "sampled dtypes": (
-        lambda: sampled_matmul(GRAD, X.double(), LAYOUT),
-        TypeError,
-        "b: expected float32, like a, got 2-D float64 tensor [3, 6]",
-    ),
-    "sampled device": (
-        lambda: sampled_matmul(GRAD.to("meta"), X.to("meta"), LAYOUT),
-        ValueError,
-        "layout: expected on meta, like a (layout.to(device)), got one on cpu",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors(case):
-    call, error, message = ERRORS[case]
-    with pytest.raises(error) as raised:
-        call()
-    assert str(raised.value) == message

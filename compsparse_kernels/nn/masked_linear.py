@@ -23,7 +23,7 @@ class MaskedLinear(SparseLinear):
         kind: how to store a bool mask: ``"auto"``, ``"csr"``, ``"block"``, ``"nm"`` or ``"dense"``
             (:meth:`MaskLayout.from_mask`);
             a :class:`MaskLayout` brings its own.
-        device, dtype: of the parameters; on the CPU computing needs float32 or float64, or autocast.
+        device, dtype: of the parameters.
 
     Parameters are ``values`` (:attr:`MaskLayout.values_shape`) and ``bias [out_features]``, drawn from
     U(-1/sqrt(n), 1/sqrt(n)), where n is the number of inputs that an output has in the mask.

@@ -47,7 +47,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _KERNELS = {
     "cpu": (
         "cpu",
-        dict.fromkeys((*_CPU_OPS[:2], *_PROXIMAL_OPS), _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
+        dict.fromkeys((*_CPU_OPS[:4], *_PROXIMAL_OPS), _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[4:], _ANYWHERE),
         _no_cpu_kernels,
     ),
     "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),
@@ -137,8 +137,8 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     Example:
         >>> import torch
         >>> from compsparse_kernels import explain
-        >>> explain("masked_linear", torch.zeros(2, 2, dtype=torch.float16))["cpu"]
-        'dtype float16 (has float32, float64)'
+        >>> explain("masked_linear", torch.zeros(2, 2, dtype=torch.int32))["cpu"]
+        'dtype int32 (has float32, float64, float16, bfloat16)'
     """
     from compsparse_kernels.ops import NM_OPS, OPS
 

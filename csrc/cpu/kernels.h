@@ -44,6 +44,10 @@ struct SumOf<Float16> {
 template <typename T>
 using Sum = typename SumOf<T>::type;
 
+// Is a sum rounded when it is stored as T?
+template <typename T>
+constexpr bool narrows = sizeof(T) < sizeof(Sum<T>);
+
 // Lanes of the widest vector of any table: panels whose vector axis is the batch have a multiple of it in rows.
 constexpr int64_t batch_lanes = 16;
 
@@ -133,15 +137,15 @@ extern const BlockSparseKernels<BFloat16> block_sparse_avx512_bf16;
 
 // masked_linear
 
-// A panel holds up to `panel_rows` batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that
-// the batch is the vector axis. A panel of width 1 is the batch row itself, and is not packed.
+// A panel holds some batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the batch is
+// the vector axis, in the type of their sums. A panel of width 1 is the batch row itself, packed only to widen it.
 
 // y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
 template <typename T>
 struct MaskedProduct {
-  const T* values;  // [nnz], in the order of the entries
-  const T* bias;    // [out_features] or null
-  T* y;             // [batch, out_features]
+  const Sum<T>* values;  // [nnz], in the order of the entries
+  const Sum<T>* bias;    // [out_features] or null
+  T* y;                  // [batch, out_features]
   const int64_t* ptr;
   const int32_t* idx;
   int64_t batch;
@@ -149,10 +153,10 @@ struct MaskedProduct {
   int64_t out_features;
 };
 
-// values[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
-template <typename T>
-struct SampledValues {
-  T* values;  // [nnz]
+// sums[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
+template <typename S>
+struct SampledSums {
+  S* sums;  // [nnz]
   const int64_t* ptr;
   const int32_t* idx;
   int64_t batch;
@@ -162,20 +166,24 @@ struct SampledValues {
 
 template <typename T>
 struct MaskedKernels {
-  int64_t panel_rows;  // batch rows of a full panel
+  int64_t product_rows;  // batch rows of a full panel of the product
+  int64_t sampled_rows;  // and of the sampled product
   int64_t (*panel_width)(int64_t rows);
   // The given features of `rows` batch rows of x, which are `stride` apart.
-  void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, T* panel);
+  void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* panel);
   // Outputs `rows` of the batch rows that the panel holds.
-  void (*product)(const MaskedProduct<T>&, const T* panel, Range batch, Range rows);
+  void (*product)(const MaskedProduct<T>&, const Sum<T>* panel, Range batch, Range rows);
   // One panel's share of the sums: stored, or added to what is there.
-  void (*sampled)(const SampledValues<T>&, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add,
-                  Range rows);
+  void (*sampled)(const SampledSums<Sum<T>>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
+                  bool add, Range rows);
+  void (*round)(const Sum<T>* sums, Range entries, T* values);
 };
 
 struct MaskedTable {
   MaskedKernels<float> f32;
   MaskedKernels<double> f64;
+  MaskedKernels<BFloat16> bf16;
+  MaskedKernels<Float16> f16;
 };
 
 extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;

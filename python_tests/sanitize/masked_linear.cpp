@@ -5,6 +5,7 @@ namespace {
 
 using namespace compsparse;
 using sanitize::Buffer;
+using sanitize::Number;
 using sanitize::Pattern;
 
 struct Shape {
@@ -23,27 +24,30 @@ const Shape shapes[] = {
 // A matrix [batch, features] in panels, each in a buffer of exactly its size.
 template <typename T>
 struct Panels {
-  Panels(const MaskedKernels<T>& kernel, const Buffer<T>& x, int64_t batch, int64_t features)
+  Panels(const MaskedKernels<T>& kernel, int64_t panel_rows, const Buffer<T>& x, int64_t batch, int64_t features)
       : x(x), features(features) {
-    for (int64_t first = 0; first < batch; first += kernel.panel_rows) {
-      const int64_t end = first + kernel.panel_rows < batch ? first + kernel.panel_rows : batch;
+    for (int64_t first = 0; first < batch; first += panel_rows) {
+      const int64_t end = first + panel_rows < batch ? first + panel_rows : batch;
       const int64_t width = kernel.panel_width(end - first);
       rows.push_back({first, end});
-      packed.push_back(Buffer<T>::unwritten(width == 1 ? 0 : width * features));
-      if (width == 1) continue;
+      const bool as_stored = width == 1 && !narrows<T>;
+      packed.push_back(Buffer<Sum<T>>::unwritten(as_stored ? 0 : width * features));
+      if (as_stored) continue;
       for (int64_t part = 0; part < 2; ++part)
         kernel.pack(x.data() + first * features, features, end - first,
                     {features * part / 2, features * (part + 1) / 2}, packed.back().data());
     }
   }
-  const T* data(size_t panel) const {
-    return packed[panel].size() ? packed[panel].data() : x.data() + rows[panel].begin * features;
+  const Sum<T>* data(size_t panel) const {
+    if constexpr (!narrows<T>)
+      if (!packed[panel].size()) return x.data() + rows[panel].begin * features;
+    return packed[panel].data();
   }
 
   const Buffer<T>& x;
   int64_t features;
   std::vector<Range> rows;
-  std::vector<Buffer<T>> packed;
+  std::vector<Buffer<Sum<T>>> packed;
 };
 
 Range half(int64_t total, int64_t part) { return {total * part / 2, total * (part + 1) / 2}; }
@@ -52,8 +56,8 @@ template <typename T>
 void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, bool with_bias,
                    std::mt19937& generator) {
   const auto x = Buffer<T>::random(s.batch * s.in_features, generator);
-  const auto values = Buffer<T>::random(pattern.entries(), generator);
-  const auto bias = Buffer<T>::random(s.out_features, generator);
+  const auto values = Buffer<Sum<T>>::random(pattern.entries(), generator);
+  const auto bias = Buffer<Sum<T>>::random(s.out_features, generator);
   const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
   const MaskedProduct<T> p = {
       .values = values.data(),
@@ -65,7 +69,7 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
       .in_features = s.in_features,
       .out_features = s.out_features,
   };
-  const Panels<T> panels(kernel, x, s.batch, s.in_features);
+  const Panels<T> panels(kernel, kernel.product_rows, x, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < panels.rows.size(); ++panel)
       kernel.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
@@ -73,7 +77,8 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t r = 0; r < s.out_features; ++r) {
       double sum = with_bias ? bias[r] : 0;
-      for (int64_t e = p.ptr[r]; e < p.ptr[r + 1]; ++e) sum += double(values[e]) * x[n * s.in_features + p.idx[e]];
+      for (int64_t e = p.ptr[r]; e < p.ptr[r + 1]; ++e)
+        sum += values[e] * Number<T>::value(x[n * s.in_features + p.idx[e]]);
       exact[n * s.out_features + r] = sum;
     }
   sanitize::expect_equal(y.data(), exact.data(), y.size(), "product " + s.name());
@@ -84,25 +89,29 @@ void check_sampled(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
   if (s.batch == 0) return;  // no panel, no call: bind.cpp writes the zeros
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
+  const auto sums = Buffer<Sum<T>>::unwritten(pattern.entries());
   const auto values = Buffer<T>::unwritten(pattern.entries());
-  const SampledValues<T> sampled = {
-      .values = values.data(),
+  const SampledSums<Sum<T>> sampled = {
+      .sums = sums.data(),
       .ptr = pattern.ptr.data(),
       .idx = pattern.idx.data(),
       .batch = s.batch,
       .in_features = s.in_features,
       .out_features = s.out_features,
   };
-  const Panels<T> a_panels(kernel, a, s.batch, s.out_features), b_panels(kernel, b, s.batch, s.in_features);
+  const Panels<T> a_panels(kernel, kernel.sampled_rows, a, s.batch, s.out_features),
+      b_panels(kernel, kernel.sampled_rows, b, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < a_panels.rows.size(); ++panel)
       kernel.sampled(sampled, a_panels.data(panel), b_panels.data(panel),
                      a_panels.rows[panel].end - a_panels.rows[panel].begin, panel > 0, half(s.out_features, part));
+  for (int64_t part = 0; part < 2; ++part) kernel.round(sums.data(), half(values.size(), part), values.data());
   std::vector<double> exact(values.size());
   for (int64_t r = 0; r < s.out_features; ++r)
     for (int64_t e = pattern.ptr[r]; e < pattern.ptr[r + 1]; ++e)
       for (int64_t n = 0; n < s.batch; ++n)
-        exact[e] += double(a[n * s.out_features + r]) * b[n * s.in_features + pattern.idx[e]];
+        exact[e] +=
+            Number<T>::value(a[n * s.out_features + r]) * Number<T>::value(b[n * s.in_features + pattern.idx[e]]);
   sanitize::expect_equal(values.data(), exact.data(), values.size(), "sampled " + s.name());
 }
 
@@ -120,6 +129,8 @@ std::function<void()> check(const MaskedTable& table) {
   return [&table] {
     check_kernels(table.f32);
     check_kernels(table.f64);
+    check_kernels(table.bf16);
+    check_kernels(table.f16);
   };
 }
 

@@ -35,7 +35,8 @@ def masked_linear(
     It equals ``F.linear(x, W * M, bias)`` in value and gradient, and costs only the mask's survivors.
 
     Args:
-        x: ``[..., in_features]``, float32 or float64; on a GPU also float16 and bfloat16.
+        x: ``[..., in_features]``, float32, float64, float16 or bfloat16; half precision is summed in float32 and
+            rounded once.
         values: the survivors, of shape ``layout.values_shape`` (see :meth:`MaskLayout.pack`), dtype of ``x``.
         layout: the mask, and how it is stored.
         bias: ``[out_features]`` or None.
@@ -47,7 +48,7 @@ def masked_linear(
         ``[..., out_features]``. Gradients reach ``x``, ``values`` and ``bias``, to any order; they are products with
         the same layout (:func:`sampled_matmul` for ``values``).
 
-    Under autocast the output has autocast's dtype, as with ``nn.Linear``; on the CPU it is computed in float32.
+    Under autocast it computes in autocast's dtype, as ``nn.Linear`` does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.

@@ -1,16 +1,17 @@
 """Schemas, fakes and the fallback of the masked ops. Constitution: all backends and tests change with it.
 
-``compsparse::masked_linear``   y = x W^T + b, x [batch, in] -> y [batch, out], W in CSR
-``compsparse::sampled_matmul``  values[p] = sum over n of a[n, row of p] b[n, column of p]
-                                for a [batch, out], b [batch, in]
-``compsparse::is_zero_outside`` is every element 0 (or -0) where the mask, bool of the same shape, has a False?
-``compsparse::zero_outside_``   makes it so, in place
+``compsparse::masked_linear``         y = x W^T + b, x [batch, in] -> y [batch, out], W in CSR
+``compsparse::sampled_matmul``        values[p] = sum over n of a[n, row of p] b[n, column of p]
+                                      for a [batch, out], b [batch, in]
+``compsparse::is_zero_outside``       is every element 0 (or -0) where the mask, bool of the same shape, has a False?
+``compsparse::zero_outside_``         makes it so, in place
 ``compsparse::nm_linear``             y = x W^T + b, W in N:M
 ``compsparse::nm_linear_transposed``  y = x W + b, x [batch, out] -> y [batch, in]
 ``compsparse::nm_sampled``            the elements of a^T b that have a slot, values [out, groups, n]
 
 One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or
-``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm.
+``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm. Half
+precision is summed in float32 and rounded once.
 
 Of a :class:`NMLayout` come its positions and m, with values [out, groups, n]. Slots past the last column have no part
 in a product, whatever is in them, and are 0 in a sampled one.

@@ -3,8 +3,10 @@
 namespace compsparse {
 
 extern const MaskedTable masked_avx512 = {
-    masked_kernels<float, Target<float, 16, 2>>(),
-    masked_kernels<double, Target<double, 8, 2>>(),
+    masked_kernels<float, Target<float, 16, 2, 4>>(),
+    masked_kernels<double, Target<double, 8, 2, 4>>(),
+    masked_kernels<BFloat16, Target<float, 16, 2, 4>>(),
+    masked_kernels<Float16, Target<float, 16, 2, 4>>(),
 };
 
 }  // namespace compsparse

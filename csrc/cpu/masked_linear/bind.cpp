@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <optional>
 
 #include "../kernels.h"
@@ -18,40 +17,52 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class Run>
+void for_dtype(ScalarType dtype, const Run& run) {
+  const MaskedTable& table = *kernels().masked;
+  if (dtype == ScalarType::Double) return run(table.f64);
+  if (dtype == ScalarType::BFloat16) return run(table.bf16);
+  if (dtype == ScalarType::Half) return run(table.f16);
+  run(table.f32);
+}
+
 // A matrix [batch, features] cut into panels.
 template <typename T>
 struct Panels {
   const MaskedKernels<T>& kernel;
+  int64_t panel_rows;
   const T* x;
   int64_t batch;
   int64_t features;
 
-  int64_t count() const { return (batch + kernel.panel_rows - 1) / kernel.panel_rows; }
+  int64_t count() const { return (batch + panel_rows - 1) / panel_rows; }
   Range rows(int64_t panel) const {
-    const int64_t first = panel * kernel.panel_rows;
-    return {first, std::min(first + kernel.panel_rows, batch)};
+    const int64_t first = panel * panel_rows;
+    return {first, std::min(first + panel_rows, batch)};
   }
   int64_t width(int64_t panel) const { return kernel.panel_width(rows(panel).end - rows(panel).begin); }
-  bool is_packed(int64_t panel) const { return width(panel) > 1; }
+  bool is_packed(int64_t panel) const { return narrows<T> || width(panel) > 1; }
   int64_t packed_size(int64_t panel) const { return is_packed(panel) ? width(panel) * features : 0; }
   // Where a panel lies in a buffer that holds all of them.
-  int64_t offset(int64_t panel) const { return panel * kernel.panel_rows * features; }
+  int64_t offset(int64_t panel) const { return panel * panel_rows * features; }
   int64_t size() const { return count() == 0 ? 0 : offset(count() - 1) + packed_size(count() - 1); }
   int64_t largest() const { return count() == 0 ? 0 : packed_size(0); }
 
-  void pack(int64_t panel, Range some, T* packed) const {
+  void pack(int64_t panel, Range some, Sum<T>* packed) const {
     if (!is_packed(panel)) return;
     const Range mine = rows(panel);
     kernel.pack(x + mine.begin * features, features, mine.end - mine.begin, some, packed);
   }
-  const T* data(int64_t panel, const T* packed) const {
-    return is_packed(panel) ? packed : x + rows(panel).begin * features;
+  const Sum<T>* data(int64_t panel, const Sum<T>* packed) const {
+    if constexpr (!narrows<T>)
+      if (!is_packed(panel)) return x + rows(panel).begin * features;
+    return packed;
   }
 };
 
 // Every part packs its share of the features of all panels.
 template <typename T>
-void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, T* packed) {
+void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, Sum<T>* packed) {
   constexpr int64_t line = 64 / sizeof(T);
   const Range lines = equal_share((panels.features + line - 1) / line, part, parts);
   const Range some = {lines.begin * line, std::min(lines.end * line, panels.features)};
@@ -61,10 +72,10 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, T* packed) {
 // Each part takes whole panels: nothing is shared, and a panel is still in cache when it is used.
 template <typename T>
 void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
-  const int64_t line = 64 / sizeof(T), stride = (panels.largest() + line - 1) / line * line;
-  const auto scratch = make_scratch<T>(parts * stride);
+  const int64_t line = 64 / sizeof(Sum<T>), stride = (panels.largest() + line - 1) / line * line;
+  const auto scratch = make_scratch<Sum<T>>(parts * stride);
   for_each_part(parts, [&](int64_t part) {
-    T* const packed = scratch.get() + part * stride;
+    Sum<T>* const packed = scratch.get() + part * stride;
     const Range mine = equal_share(panels.count(), part, parts);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
       panels.pack(panel, {0, p.in_features}, packed);
@@ -75,7 +86,7 @@ void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64
 
 template <typename T>
 void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
-  const auto packed = make_scratch<T>(panels.size());
+  const auto packed = make_scratch<Sum<T>>(panels.size());
   for_each_part(parts, [&](int64_t part) { pack_all(panels, part, parts, packed.get()); });
   for_each_part(parts, [&](int64_t part) {
     const Range rows = balanced_rows(p.ptr, p.out_features, 1, part, parts);
@@ -87,30 +98,59 @@ void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t
 template <typename T>
 void run_product(const Panels<T>& panels, const MaskedProduct<T>& p) {
   const int64_t parts = parts_for(p.batch * (p.ptr[p.out_features] + p.out_features));
-  const bool even = p.batch % (panels.kernel.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
+  const bool even = p.batch % (panels.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
   even ? product_by_panels(panels, p, parts) : product_by_rows(panels, p, parts);
 }
 
-// The values in the order of the entries: once a call, since every panel reads them.
+// A row as wide as its sums, where it is not so already.
+template <typename T>
+Scratch<Sum<T>> widened(const MaskedKernels<T>& kernel, const T* row, int64_t size) {
+  if (!narrows<T>) return nullptr;
+  auto wide = make_scratch<Sum<T>>(size);
+  const int64_t parts = parts_for(size);
+  for_each_part(parts, [&](int64_t part) { kernel.pack(row, size, 1, equal_share(size, part, parts), wide.get()); });
+  return wide;
+}
+
 template <typename T, typename Position>
-void gather(const T* values, const Position* perm, int64_t nnz, T* ordered) {
+void gather(const MaskedKernels<T>& kernel, const T* values, const Position* perm, Range entries, Sum<T>* ordered) {
+  if constexpr (!narrows<T>) {
+    for (int64_t p = entries.begin; p < entries.end; ++p) ordered[p] = values[perm[p]];
+  } else {
+    T some[256];
+    for (int64_t p = entries.begin; p < entries.end;) {
+      const int64_t count = std::min<int64_t>(std::size(some), entries.end - p);
+      for (int64_t i = 0; i < count; ++i) some[i] = values[perm[p + i]];
+      kernel.pack(some, count, 1, {0, count}, ordered + p);
+      p += count;
+    }
+  }
+}
+
+// The values as the product reads them, in the order of the entries: once a call, since every panel does. Null where
+// they lie so already.
+template <typename T>
+Scratch<Sum<T>> ordered_values(const MaskedKernels<T>& kernel, const T* values, int64_t nnz,
+                               const std::optional<Tensor>& perm) {
+  if (!perm) return widened(kernel, values, nnz);
+  auto ordered = make_scratch<Sum<T>>(nnz);
   const int64_t parts = parts_for(nnz);
   for_each_part(parts, [&](int64_t part) {
     const Range mine = equal_share(nnz, part, parts);
-    for (int64_t p = mine.begin; p < mine.end; ++p) ordered[p] = values[perm[p]];
+    if (perm->scalar_type() == ScalarType::Long)
+      gather(kernel, values, static_cast<const int64_t*>(perm->data_ptr()), mine, ordered.get());
+    else
+      gather(kernel, values, static_cast<const int32_t*>(perm->data_ptr()), mine, ordered.get());
   });
+  return ordered;
 }
 
+// `wide` if there is one, else what was as wide as its sums from the start.
 template <typename T>
-std::unique_ptr<T[]> ordered_values(const Tensor& values, const Tensor& perm) {
-  const int64_t nnz = perm.size(0);
-  std::unique_ptr<T[]> ordered(new T[nnz]);
-  const T* from = static_cast<const T*>(values.data_ptr());
-  if (perm.scalar_type() == ScalarType::Long)
-    gather(from, static_cast<const int64_t*>(perm.data_ptr()), nnz, ordered.get());
-  else
-    gather(from, static_cast<const int32_t*>(perm.data_ptr()), nnz, ordered.get());
-  return ordered;
+const Sum<T>* wide_or_stored(const Scratch<Sum<T>>& wide, const T* stored) {
+  if constexpr (!narrows<T>)
+    if (!wide) return stored;
+  return wide.get();
 }
 
 Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& ptr,
@@ -120,10 +160,13 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
   if (bias) offset = as_contiguous(*bias);
   Tensor y = new_tensor(x, {x.size(0), out_features});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
-    const std::unique_ptr<T[]> ordered = perm ? ordered_values<T>(weights, *perm) : nullptr;
+    const T* stored = static_cast<const T*>(weights.data_ptr());
+    const T* stored_bias = offset ? static_cast<const T*>(offset->data_ptr()) : nullptr;
+    const auto ordered = ordered_values(kernel, stored, idx.size(0), perm);
+    const auto wide_bias = offset ? widened(kernel, stored_bias, out_features) : nullptr;
     const MaskedProduct<T> p = {
-        .values = ordered ? ordered.get() : static_cast<const T*>(weights.data_ptr()),
-        .bias = offset ? static_cast<const T*>(offset->data_ptr()) : nullptr,
+        .values = wide_or_stored(ordered, stored),
+        .bias = wide_or_stored(wide_bias, stored_bias),
         .y = static_cast<T*>(y.data_ptr()),
         .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
         .idx = static_cast<const int32_t*>(idx.data_ptr()),
@@ -131,30 +174,36 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
         .in_features = x.size(1),
         .out_features = out_features,
     };
-    run_product<T>({kernel, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
+    run_product<T>({kernel, kernel.product_rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
   };
-  const MaskedTable& table = *kernels().masked;
-  x.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  for_dtype(x.scalar_type(), run);
   return y;
 }
 
+// Sums that are not rounded are the values.
 template <typename T>
-void run_sampled(const Panels<T>& a, const Panels<T>& b, const SampledValues<T>& s) {
+void run_sampled(const Panels<T>& a, const Panels<T>& b, SampledSums<Sum<T>> s, T* values) {
   const int64_t nnz = s.ptr[s.out_features], parts = parts_for(s.batch * nnz);
-  if (s.batch == 0) std::fill(s.values, s.values + nnz, T(0));
-  const auto a_packed = make_scratch<T>(a.size()), b_packed = make_scratch<T>(b.size());
+  if (s.batch == 0) return std::fill(values, values + nnz, T{});
+  const auto a_packed = make_scratch<Sum<T>>(a.size()), b_packed = make_scratch<Sum<T>>(b.size());
+  const auto unrounded = make_scratch<Sum<T>>(narrows<T> ? nnz : 0);
+  if constexpr (narrows<T>)
+    s.sums = unrounded.get();
+  else
+    s.sums = values;
   for_each_part(parts, [&](int64_t part) {
     pack_all(a, part, parts, a_packed.get());
     pack_all(b, part, parts, b_packed.get());
   });
   for_each_entry_share(s.ptr, s.out_features, parts, [&](const int64_t* ptr, Range rows) {
-    SampledValues<T> share = s;
+    SampledSums<Sum<T>> share = s;
     share.ptr = ptr;
     for (int64_t panel = 0; panel < a.count(); ++panel) {
       const Range batch = a.rows(panel);
       a.kernel.sampled(share, a.data(panel, a_packed.get() + a.offset(panel)),
                        b.data(panel, b_packed.get() + b.offset(panel)), batch.end - batch.begin, panel > 0, rows);
     }
+    if (narrows<T>) a.kernel.round(share.sums, {ptr[rows.begin], ptr[rows.end]}, values);
   });
 }
 
@@ -162,19 +211,19 @@ Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
   Tensor values = new_tensor(a, {idx.size(0)});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
-    const SampledValues<T> s = {
-        .values = static_cast<T*>(values.data_ptr()),
+    const SampledSums<Sum<T>> s = {
+        .sums = nullptr,
         .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
         .idx = static_cast<const int32_t*>(idx.data_ptr()),
         .batch = a.size(0),
         .in_features = b.size(1),
         .out_features = a.size(1),
     };
-    run_sampled<T>({kernel, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
-                   {kernel, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s);
+    run_sampled<T>({kernel, kernel.sampled_rows, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
+                   {kernel, kernel.sampled_rows, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s,
+                   static_cast<T*>(values.data_ptr()));
   };
-  const MaskedTable& table = *kernels().masked;
-  a.scalar_type() == ScalarType::Double ? run(table.f64) : run(table.f32);
+  for_dtype(a.scalar_type(), run);
   return values;
 }
 

@@ -5,8 +5,9 @@
 //           that is transposed back to [batch, outputs].
 // sampled:  one panel row of a stays in registers over the row's non-zeros; L of them are summed across lanes at once.
 //
-// A panel that is one batch row wide is that row itself. One element is always summed by one thread in the same order
-// (the row's non-zeros; or panels, then lanes), so results do not depend on the number of threads.
+// Half precision is widened when it is packed, and sums are rounded once, when they are stored: what lies between is
+// the same. A panel that is one batch row wide is that row itself. One element is always summed by one thread in the
+// same order (the row's non-zeros; or panels, then lanes), so results do not depend on the number of threads.
 #pragma once
 
 #include "../kernels.h"
@@ -16,39 +17,59 @@ namespace {
 
 using namespace compsparse;
 
-// Lanes of T in the widest vector, and vectors across a full panel.
-template <typename T, int MaxLanes_, int MaxVectors_>
+// Lanes of the widest vector of sums, and vectors across a full panel: few for the product, so that more features fit
+// in the first-level cache; more for the sampled product, where each entry's sum across lanes is shared by them.
+template <typename S, int MaxLanes_, int ProductVectors_, int SampledVectors_>
 struct Target {
   static constexpr int MaxLanes = MaxLanes_;
-  static constexpr int MaxVectors = MaxVectors_;
-  static constexpr int MinLanes = 16 / sizeof(T);
-  static constexpr int64_t PanelRows = MaxLanes * MaxVectors;
+  static constexpr int ProductVectors = ProductVectors_;
+  static constexpr int SampledVectors = SampledVectors_;
+  static_assert(SampledVectors >= ProductVectors);  // `pack` makes panels for both
+  static constexpr int MinLanes = 16 / sizeof(S);
 };
 
 // Whole vectors, or the narrowest vector that holds all rows.
-template <typename T, class Target>
+template <class Target>
 int64_t panel_width(int64_t rows) {
   if (rows == 1) return 1;
   int64_t lanes = Target::MaxLanes;
   while (lanes > Target::MinLanes && rows <= lanes / 2) lanes /= 2;
-  return min64(round_up(rows, lanes), Target::PanelRows);
+  return round_up(rows, lanes);
 }
 
-// Calls the body made for a panel of this width: visit.template operator()<L, R>() with R vectors of L lanes.
-template <typename T, class Target, int L = Target::MaxLanes, int R = Target::MaxVectors, class Visit>
+// Calls the body made for a panel of this width: visit.template operator()<L, R>() with R vectors of L lanes, R at most
+// `Vectors`.
+template <class Target, int Vectors, int L = Target::MaxLanes, class Visit>
 COMPSPARSE_INLINE void with_width(int64_t width, const Visit& visit) {
-  if (width == L * R) return visit.template operator()<L, R>();
-  if constexpr (R > 1)
-    with_width<T, Target, L, R - 1>(width, visit);
+  if (width == L * Vectors) return visit.template operator()<L, Vectors>();
+  if constexpr (Vectors > 1)
+    with_width<Target, Vectors - 1, L>(width, visit);
   else if constexpr (L > Target::MinLanes)
-    with_width<T, Target, L / 2, 1>(width, visit);
+    with_width<Target, 1, L / 2>(width, visit);
+}
+
+template <typename T, int L>
+void widen_row(const T* x, int64_t count, Sum<T>* wide) {
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store<Sum<T>, L>(wide + i, load_wide<T, L>(x + i));
+  if (i < count) store_partial<Sum<T>, L>(wide + i, load_wide_partial<T, L>(x + i, count - i), count - i);
+}
+
+template <typename T, int L>
+void round_row(const Sum<T>* sums, Range some, T* values) {
+  int64_t i = some.begin;
+  for (; i + L <= some.end; i += L) store_narrow<T, L>(values + i, load<Sum<T>, L>(sums + i));
+  if (i < some.end)
+    store_narrow_partial<T, L>(values + i, load_partial<Sum<T>, L>(sums + i, some.end - i), some.end - i);
 }
 
 // Features of `rows` batch rows of x, rows `stride` apart, to a panel; lanes without a batch row are zero.
 template <typename T, class Target>
-void pack(const T* x, int64_t stride, int64_t rows, Range features, T* panel) {
-  const int64_t width = panel_width<T, Target>(rows);
-  with_width<T, Target>(width, [&]<int L, int R>() {
+void pack(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* panel) {
+  const int64_t width = panel_width<Target>(rows);
+  if (width == 1)
+    return widen_row<T, Target::MaxLanes>(x + features.begin, features.end - features.begin, panel + features.begin);
+  with_width<Target, Target::SampledVectors>(width, [&]<int L, int R>() {
     for (int64_t f = features.begin; f < features.end; f += L)
       for (int64_t n = 0; n < R * L; n += L)
         pack_square<T, L>(x + n * stride + f, stride, rows - n, features.end - f, R * L, panel + f * R * L + n);
@@ -78,50 +99,69 @@ COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* i
 }
 
 template <typename T, int L, int R>
-void product_panel(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows) {
-  alignas(64) T tile[L * L * R] = {};
+void product_panel(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range rows) {
+  alignas(64) Sum<T> tile[L * L * R] = {};
   for (int64_t row = rows.begin, end; row < rows.end; row = end) {
     end = min64(round_up(row + 1, L), rows.end);  // tiles begin at multiples of L, as cache lines of y do
     for (int64_t r = row; r < end; ++r)
-      sum_row<T, L, R>(panel, p.values + p.ptr[r], p.idx + p.ptr[r], p.ptr[r + 1] - p.ptr[r], p.bias ? p.bias[r] : T(0),
-                       tile + (r - row) * L * R);
+      sum_row<Sum<T>, L, R>(panel, p.values + p.ptr[r], p.idx + p.ptr[r], p.ptr[r + 1] - p.ptr[r],
+                            p.bias ? p.bias[r] : Sum<T>(0), tile + (r - row) * L * R);
     unpack_tile<T, L>(tile, L * R, batch.end - batch.begin, end - row, p.out_features,
                       p.y + batch.begin * p.out_features + row);
   }
 }
 
-// sums += values * x[idx], one vector of entries for each of the sums. Loads lane by lane are faster than gathers.
+// sums += values * x[idx], one vector of entries for each of the sums. Loads lane by lane are faster than gathers, and
+// two columns by one load faster still: loads are what this waits for.
 template <typename T, int L, int Count>
 COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const int32_t* idx, Vec<T, L>* sums) {
+  constexpr int first = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 32;
   COMPSPARSE_UNROLL for (int s = 0; s < Count; ++s) {
     Vec<T, L> inputs;
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) inputs[i] = x[idx[s * L + i]];
+    COMPSPARSE_UNROLL for (int i = 0; i < L; i += 2) {
+      uint64_t columns;
+      __builtin_memcpy(&columns, idx + s * L + i, sizeof(columns));
+      inputs[i] = x[uint32_t(columns >> first)];
+      inputs[i + 1] = x[uint32_t(columns >> (32 - first))];
+    }
     sums[s] += inputs * load<T, L>(values + s * L);
   }
 }
 
-// The batch row x: four sums hide the latency of the FMA.
+// One output of the batch row x: four sums hide the latency of the FMA.
 template <typename T, int L>
-void product_single(const MaskedProduct<T>& p, const T* x, int64_t n, Range rows) {
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    Vec<T, L> sums[4] = {};
-    int64_t e = p.ptr[r];
-    const int64_t end = p.ptr[r + 1];
-    for (; e + 4 * L <= end; e += 4 * L) multiply_gathered<T, L, 4>(x, p.values + e, p.idx + e, sums);
-    for (; e + L <= end; e += L) multiply_gathered<T, L, 1>(x, p.values + e, p.idx + e, sums);
-    T sum = p.bias ? p.bias[r] : T(0);
-    for (; e < end; ++e) sum += p.values[e] * x[p.idx[e]];
-    const Vec<T, L> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) sum += lanes[i];
-    p.y[n * p.out_features + r] = sum;
+COMPSPARSE_INLINE Sum<T> product_element(const MaskedProduct<T>& p, const Sum<T>* x, int64_t r) {
+  using S = Sum<T>;
+  Vec<S, L> sums[4] = {};
+  int64_t e = p.ptr[r];
+  const int64_t end = p.ptr[r + 1];
+  for (; e + 4 * L <= end; e += 4 * L) multiply_gathered<S, L, 4>(x, p.values + e, p.idx + e, sums);
+  for (; e + L <= end; e += L) multiply_gathered<S, L, 1>(x, p.values + e, p.idx + e, sums);
+  S sum = p.bias ? p.bias[r] : S(0);
+  for (; e < end; ++e) sum += p.values[e] * x[p.idx[e]];
+  const Vec<S, L> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) sum += lanes[i];
+  return sum;
+}
+
+// Outputs together, so that they are rounded as vectors.
+template <typename T, int L>
+void product_single(const MaskedProduct<T>& p, const Sum<T>* x, int64_t n, Range rows) {
+  constexpr int64_t together = 64;
+  Sum<T> sums[together];
+  for (int64_t row = rows.begin; row < rows.end; row += together) {
+    const int64_t count = min64(together, rows.end - row);
+    for (int64_t i = 0; i < count; ++i) sums[i] = product_element<T, L>(p, x, row + i);
+    round_row<T, L>(sums, {0, count}, p.y + n * p.out_features + row);
   }
 }
 
 template <typename T, class Target>
-void product(const MaskedProduct<T>& p, const T* panel, Range batch, Range rows) {
-  const int64_t width = panel_width<T, Target>(batch.end - batch.begin);
+void product(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range rows) {
+  const int64_t width = panel_width<Target>(batch.end - batch.begin);
   if (width == 1) return product_single<T, Target::MinLanes>(p, panel, batch.begin, rows);
-  with_width<T, Target>(width, [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
+  with_width<Target, Target::ProductVectors>(width,
+                                             [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
 
 template <typename T, int L, int R>
@@ -146,7 +186,7 @@ COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const 
 }
 
 template <typename T, int L, int R>
-void sampled_panel(const SampledValues<T>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
+void sampled_panel(const SampledSums<T>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     Vec<T, L> a[R];
     COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) a[r] = load<T, L>(a_panel + (row * R + r) * L);
@@ -154,31 +194,37 @@ void sampled_panel(const SampledValues<T>& s, const T* a_panel, const T* b_panel
     int64_t p = s.ptr[row];
     for (; p + L <= end; p += L) {
       const Vec<T, L> sums = dots<T, L, R, L, false>(a, b_panel, s.idx + p, L);
-      store<T, L>(s.values + p, add ? load<T, L>(s.values + p) + sums : sums);
+      store<T, L>(s.sums + p, add ? load<T, L>(s.sums + p) + sums : sums);
     }
     if (p == end) continue;
     const Vec<T, L> sums = dots<T, L, R, L, true>(a, b_panel, s.idx + p, end - p);
-    store_partial<T, L>(s.values + p, add ? load_partial<T, L>(s.values + p, end - p) + sums : sums, end - p);
+    store_partial<T, L>(s.sums + p, add ? load_partial<T, L>(s.sums + p, end - p) + sums : sums, end - p);
   }
 }
 
 template <typename T>
-void sampled_single(const SampledValues<T>& s, const T* a, const T* b, bool add, Range rows) {
+void sampled_single(const SampledSums<T>& s, const T* a, const T* b, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row)
-    for (int64_t p = s.ptr[row]; p < s.ptr[row + 1]; ++p)
-      s.values[p] = (add ? s.values[p] : T(0)) + a[row] * b[s.idx[p]];
+    for (int64_t p = s.ptr[row]; p < s.ptr[row + 1]; ++p) s.sums[p] = (add ? s.sums[p] : T(0)) + a[row] * b[s.idx[p]];
 }
 
 template <typename T, class Target>
-void sampled(const SampledValues<T>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows) {
-  const int64_t width = panel_width<T, Target>(batch_rows);
+void sampled(const SampledSums<T>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows) {
+  const int64_t width = panel_width<Target>(batch_rows);
   if (width == 1) return sampled_single<T>(s, a_panel, b_panel, add, rows);
-  with_width<T, Target>(width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
+  with_width<Target, Target::SampledVectors>(
+      width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
 }
 
 template <typename T, class Target>
 constexpr MaskedKernels<T> masked_kernels() {
-  return {Target::PanelRows, panel_width<T, Target>, pack<T, Target>, product<T, Target>, sampled<T, Target>};
+  return {Target::MaxLanes * Target::ProductVectors,
+          Target::MaxLanes * Target::SampledVectors,
+          panel_width<Target>,
+          pack<T, Target>,
+          product<T, Target>,
+          sampled<Sum<T>, Target>,
+          round_row<T, Target::MaxLanes>};
 }
 
 }  // namespace

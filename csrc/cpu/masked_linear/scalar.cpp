@@ -3,8 +3,10 @@
 namespace compsparse {
 
 extern const MaskedTable masked_scalar = {
-    masked_kernels<float, Target<float, 4, 4>>(),
-    masked_kernels<double, Target<double, 2, 4>>(),
+    masked_kernels<float, Target<float, 4, 4, 4>>(),
+    masked_kernels<double, Target<double, 2, 4, 4>>(),
+    masked_kernels<BFloat16, Target<float, 4, 4, 4>>(),
+    masked_kernels<Float16, Target<float, 4, 4, 4>>(),
 };
 
 }  // namespace compsparse
