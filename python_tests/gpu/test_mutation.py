@@ -96,6 +96,8 @@ DAG_BATTERIES = {
         [Spec(*sizes, parts=2 + i % 3) for i, sizes in enumerate(SIZES[:6])],
     ),
 }
+SHORT = ("forward, copied", "forward, by element", "backward, copied", "backward, by element", "weight")
+LONG = ("backward, to sources", "weight in parts")
 
 
 def dag_battery(name: str, target: str) -> Battery:
@@ -126,7 +128,7 @@ def test_damaged_code_is_caught(direction, features, target, per_kind):
 
 
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", DAG_BATTERIES)
+@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 @pytest.mark.parametrize("per_kind", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_damaged_code_of_dag_network_is_caught(name, target, per_kind):
     check_score(dag_battery(name, target), per_kind)
