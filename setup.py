@@ -87,7 +87,7 @@ def cuda_bindings():
 
 bindings = CppExtension(
     "compsparse_kernels._C",
-    [str(CSRC / "module.cpp"), str(CSRC / "cpu/dispatch.cpp"), *map(str, sorted(CSRC.glob("cpu/*/bind.cpp")))],
+    [str(CSRC / "module.cpp"), str(CSRC / "cpu/dispatch.cpp"), *map(str, sorted(CSRC.glob("cpu/*/bind*.cpp")))],
     depends=HEADERS,
     extra_compile_args=BIND_FLAGS,
     py_limited_api=True,

@@ -268,7 +268,7 @@ ERRORS = {
     "kind": (
         lambda: MaskLayout.from_mask(MASK, "coo"),
         ValueError,
-        "kind: expected auto or one of csr, block, dense, got 'coo'",
+        "kind: expected auto or one of csr, block, nm, dense, got 'coo'",
     ),
     "block shape": (
         lambda: MaskLayout.from_mask(MASK, block_shape=(0, 3)),
@@ -278,7 +278,7 @@ ERRORS = {
     "constructor kind": (
         lambda: MaskLayout(2, 3, "auto"),
         ValueError,
-        "kind: expected one of csr, block, dense, got 'auto'",
+        "kind: expected one of csr, block, nm, dense, got 'auto'",
     ),
     "out_features": (
         lambda: MaskLayout(0, 3, "dense", mask=MASK),

@@ -18,8 +18,9 @@ from compsparse_kernels.layouts.checks import (
     own,
     require,
 )
+from compsparse_kernels.layouts.nm import NMLayout, check_nm, require_tightest
 
-KINDS = ("csr", "block", "dense")
+KINDS = ("csr", "block", "nm", "dense")
 DEFAULT_BLOCK_SHAPE = (16, 16)
 
 # Densities below which a kind is faster than dense, forward and backward, float32, batch 64 to 512, one and two threads
@@ -48,6 +49,8 @@ class MaskLayout:
     ``block`` a :class:`BlockLayout` of the blocks with survivors,   ``[nnz_blocks, bo, bi]``
               and a bool mask of their elements where some are partly
               filled
+    ``nm``    a :class:`NMLayout` of the slots, and a bool mask of   ``[out, groups, n]``
+              those that hold a survivor where some do not
     ``dense`` the bool mask                                          ``[out, in]``
     ========= ====================================================== ===============================
 
@@ -55,12 +58,13 @@ class MaskLayout:
 
     Args:
         out_features, in_features: shape of the weight.
-        kind: ``"csr"``, ``"block"`` or ``"dense"``.
+        kind: ``"csr"``, ``"block"``, ``"nm"`` or ``"dense"``.
         by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int32 ``[nnz]`` strictly ascending
             in each row, and None. The order by input is derived.
         blocks: for block, which blocks are stored; none shared.
-        mask: bool, of the shape of the values: for dense which elements survive; for block the same, or None where all
-            elements of the blocks do.
+        mask: bool, of the shape of the values: for dense which elements survive; for block and nm the same, or None
+            where all elements of the blocks, or all slots up to the last column, do.
+        nm: for nm, where the slots are.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -82,6 +86,7 @@ class MaskLayout:
     by_output: MaskOrder | None = None
     blocks: BlockLayout | None = None
     mask: torch.Tensor | None = None
+    nm: NMLayout | None = None
     by_input: MaskOrder | None = field(init=False, default=None)
     values_shape: tuple[int, ...] = field(init=False)
     transposed: bool = field(init=False, default=False)  # values are stored as those of .T are
@@ -90,14 +95,15 @@ class MaskLayout:
         check_positive_int("out_features", self.out_features)
         check_positive_int("in_features", self.in_features)
         require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", repr(self.kind))
-        for name, kinds in (("by_output", ("csr",)), ("blocks", ("block",)), ("mask", ("block", "dense"))):
+        parts = {"by_output": ("csr",), "blocks": ("block",), "nm": ("nm",), "mask": ("block", "nm", "dense")}
+        for name, kinds in parts.items():
             unused = self.kind in kinds or getattr(self, name) is None
             require(unused, name, f"None with kind {self.kind}", describe(getattr(self, name)))
-        check = {"csr": self._check_csr, "block": self._check_block, "dense": self._check_dense}[self.kind]
-        object.__setattr__(self, "values_shape", check())
+        check = {"csr": self._check_csr, "block": self._check_block, "nm": self._check_nm, "dense": self._check_dense}
+        object.__setattr__(self, "values_shape", check[self.kind]())
 
     def _check_csr(self) -> tuple[int, ...]:
-        """Checks and takes over what kind csr is made of, as the next two do for theirs; returns the values' shape."""
+        """Checks and takes over what kind csr is made of, as the next three do; returns the values' shape."""
         ok = isinstance(self.by_output, tuple) and len(self.by_output) == 3
         require(ok, "by_output", "(row_ptr, col_idx, None)", describe(self.by_output), TypeError)
         ptr, idx, perm = self.by_output
@@ -109,18 +115,29 @@ class MaskLayout:
         object.__setattr__(self, "by_input", MaskOrder(*map(torch.from_numpy, by_input)))
         return (len(idx),)
 
+    def _check_part(self, name, part_type):
+        part = getattr(self, name)
+        require(isinstance(part, part_type), name, part_type.__name__, describe(part), TypeError)
+        same = (part.out_features, part.in_features) == (self.out_features, self.in_features)
+        require(same, name, f"{self.out_features} x {self.in_features}", part)
+
     def _check_block(self):
-        ok = isinstance(self.blocks, BlockLayout)
-        require(ok, "blocks", "BlockLayout", describe(self.blocks), TypeError)
-        shape = (self.blocks.out_features, self.blocks.in_features)
-        wanted = f"{self.out_features} x {self.in_features}"
-        require(shape == (self.out_features, self.in_features), "blocks", wanted, self.blocks)
+        self._check_part("blocks", BlockLayout)
         plain = not self.blocks.shared and not self.blocks.transposed
         require(plain, "blocks", "neither shared nor transposed", self.blocks)
         if self.mask is not None:
             _check_mask(self.mask, self.blocks.values_shape)
             object.__setattr__(self, "mask", own(self.mask))
         return self.blocks.values_shape
+
+    def _check_nm(self):
+        self._check_part("nm", NMLayout)
+        if self.mask is not None:
+            _check_mask(self.mask, self.nm.values_shape)
+            past_the_end = bool((self.mask & ~self.nm.inside()).any())
+            require(not past_the_end, "mask", "False past the last column", "True")
+            object.__setattr__(self, "mask", own(self.mask))
+        return self.nm.values_shape
 
     def _check_dense(self):
         shape = (self.out_features, self.in_features)
@@ -130,16 +147,24 @@ class MaskLayout:
 
     @classmethod
     def from_mask(
-        cls, mask: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+        cls,
+        mask: torch.Tensor,
+        kind: str = "auto",
+        block_shape: tuple[int, int] | None = None,
+        nm: tuple[int, int] | None = None,
     ) -> "MaskLayout":
         """From a bool mask ``[out, in]``; ``kind="auto"`` is :func:`choose_kind`'s. ``block_shape`` is for kind block,
-        (16, 16) by default."""
+        (16, 16) by default; ``nm`` for kind nm, by default the cheapest common pattern that the mask satisfies
+        (:func:`layouts.nm.tightest`)."""
         check_bool_matrix("mask", mask)
         require(mask.numel() > 0, "mask", "at least one row and one column", describe(mask))
         require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
         if block_shape is not None:
             require(kind in ("auto", "block"), "block_shape", f"None with kind {kind}", block_shape)
             check_block_shape(block_shape)
+        if nm is not None:
+            require(kind == "nm", "nm", f"None with kind {kind}", nm)
+            check_nm(nm)
         mask = mask.detach().cpu().contiguous()
         if kind == "auto":
             kind, block_shape = choose_kind(mask, block_shape)
@@ -150,16 +175,24 @@ class MaskLayout:
             blocks = BlockLayout.from_dense(mask, block_shape or DEFAULT_BLOCK_SHAPE)
             whole = _count(mask) == _elements(blocks)
             return cls(*mask.shape, kind, blocks=blocks, mask=None if whole else blocks.pack(mask))
+        if kind == "nm":
+            slots = NMLayout.from_mask(mask, *(nm or require_tightest(mask)))
+            whole = _count(mask) == slots.nnz
+            return cls(*mask.shape, kind, nm=slots, mask=None if whole else slots.pack(mask))
         return cls(*mask.shape, kind, mask=mask.clone())
 
     @classmethod
     def from_dense(
-        cls, weight: torch.Tensor, kind: str = "auto", block_shape: tuple[int, int] | None = None
+        cls,
+        weight: torch.Tensor,
+        kind: str = "auto",
+        block_shape: tuple[int, int] | None = None,
+        nm: tuple[int, int] | None = None,
     ) -> "MaskLayout":
         """The non-zeros of a dense ``weight [out, in]``."""
         ok = isinstance(weight, torch.Tensor) and weight.dim() == 2
         require(ok, "weight", "2-D tensor", describe(weight))
-        return cls.from_mask(weight.detach() != 0, kind, block_shape)
+        return cls.from_mask(weight.detach() != 0, kind, block_shape, nm)
 
     @classmethod
     def from_csr(cls, weight: torch.Tensor) -> tuple["MaskLayout", torch.Tensor]:
@@ -184,7 +217,9 @@ class MaskLayout:
         """Number of survivors."""
         if self.kind == "csr":
             return len(self.by_output.idx)
-        return _elements(self.blocks) if self.mask is None else int(self.mask.sum())
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return _elements(self.blocks) if self.kind == "block" else self.nm.nnz
 
     @property
     def density(self) -> float:
@@ -196,6 +231,8 @@ class MaskLayout:
         return self._index_tensor().device
 
     def _index_tensor(self) -> torch.Tensor:
+        if self.kind == "nm":
+            return self.nm.positions
         return {"csr": self.by_output, "block": self.blocks and self.blocks.by_output}.get(self.kind, (self.mask,))[0]
 
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +273,7 @@ class MaskLayout:
             if order is not None:
                 moved = MaskOrder(*(None if part is None else part.to(device) for part in order))
                 object.__setattr__(other, name, moved)
-        for name in ("blocks", "mask"):
+        for name in ("blocks", "nm", "mask"):
             if getattr(self, name) is not None:
                 object.__setattr__(other, name, getattr(self, name).to(device))
         return other
@@ -246,8 +283,8 @@ class MaskLayout:
         return values if self.mask is None else torch.where(self.mask, values, values.new_zeros(()))
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is zero there (block, dense) or not
-        stored (csr)."""
+        """``[out, in]`` -> values of shape ``values_shape``; what the mask drops is zero there (block, nm, dense) or
+        not stored (csr)."""
         shape = (self.out_features, self.in_features)
         ok = isinstance(weight, torch.Tensor) and weight.shape == shape
         require(ok, "weight", f"tensor {list(shape)}", describe(weight))
@@ -256,7 +293,7 @@ class MaskLayout:
         if self.kind == "csr":
             rows, columns = self.coordinates()
             return weight[rows, columns.long()]
-        values = self.blocks.pack(weight) if self.kind == "block" else weight
+        values = weight if self.kind == "dense" else self._slots.pack(weight)
         return values.clone() if self.mask is None else self.masked(values)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
@@ -269,7 +306,12 @@ class MaskLayout:
             rows, columns = self.coordinates()
             dense = values.new_zeros(self.out_features, self.in_features)
             return dense.index_put((rows, columns.long()), values)
-        return self.blocks.unpack(self.masked(values)) if self.kind == "block" else self.masked(values)
+        return self.masked(values) if self.kind == "dense" else self._slots.unpack(self.masked(values))
+
+    @property
+    def _slots(self) -> BlockLayout | NMLayout:
+        """Of kind block or nm, what says where the values lie."""
+        return self.blocks if self.kind == "block" else self.nm
 
     def to_csr(self, values: torch.Tensor) -> torch.Tensor:
         """As ``torch.sparse_csr``, from any kind."""
@@ -295,6 +337,8 @@ class MaskLayout:
         kind = self.kind
         if kind == "block":
             kind = f"{self.blocks.nnz_blocks} blocks {' x '.join(map(str, self.blocks.block_shape))}"
+        elif kind == "nm":
+            kind = f"{self.nm.n}:{self.nm.m}{' of the transpose' if self.transposed else ''}"
         return (
             f"MaskLayout({self.out_features} x {self.in_features}, {kind}, {self.nnz} survivors,"
             f" density {self.density:.3f})"

@@ -36,6 +36,8 @@ _CPU_OPS = (
     "sampled_matmul",
     "threshold_attention",
     "dag_network",
+    "nm_linear",
+    "nm_sampled",
 )
 _TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
 _ANYWHERE = (torch.float32, torch.float64)

@@ -14,7 +14,7 @@ from compsparse_kernels.ops.linear_arguments import (
     is_usual_product,
     product_under_autocast,
 )
-from compsparse_kernels.ops.masked_linear import contract, reference  # noqa: F401  (contract defines the ops)
+from compsparse_kernels.ops.masked_linear import contract, nm, reference  # noqa: F401  (contract defines the ops)
 
 _product = torch.ops.compsparse.masked_linear.default
 _sampled = torch.ops.compsparse.sampled_matmul.default
@@ -61,6 +61,8 @@ def masked_linear(
         >>> torch.allclose(y, torch.nn.functional.linear(x, weight * mask), atol=1e-5)
         True
     """
+    if isinstance(layout, MaskLayout) and layout.kind == "nm":
+        return nm.linear(x, values, layout, bias, backend)
     is_usual = backend is None and isinstance(layout, MaskLayout) and layout.kind == "csr"
     if not (is_usual and is_usual_product(x, values, bias, layout, layout.by_output.idx, _CPU_DTYPES)):
         if autocasts(x):
@@ -109,6 +111,8 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
         >>> torch.allclose(sampled_matmul(a, b, layout), layout.pack(a.T @ b), atol=1e-5)
         True
     """
+    if isinstance(layout, MaskLayout) and layout.kind == "nm":
+        return nm.sampled(a, b, layout)
     is_usual = isinstance(layout, MaskLayout) and layout.kind == "csr"
     if not (is_usual and is_usual_pair(a, b, layout, layout.by_output.idx, _CPU_DTYPES)):
         check_pair("sampled_matmul", a, b, layout, MaskLayout)

@@ -11,6 +11,7 @@
 #include "../partition.h"
 #include "../scratch.h"
 #include "../tensors.h"
+#include "csr.h"
 
 namespace compsparse {
 namespace {
@@ -178,7 +179,32 @@ Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const
   return values;
 }
 
+template <typename T>
+const MaskedKernels<T>& kernels_of() {
+  if constexpr (sizeof(T) == sizeof(double))
+    return kernels().masked->f64;
+  else
+    return kernels().masked->f32;
+}
+
 }  // namespace
+
+template <typename T>
+void csr_product(const T* x, const MaskedProduct<T>& p) {
+  run_product<T>({kernels_of<T>(), x, p.batch, p.in_features}, p);
+}
+
+template <typename T>
+void csr_sampled(const T* a, const T* b, const SampledValues<T>& s) {
+  const MaskedKernels<T>& kernel = kernels_of<T>();
+  run_sampled<T>({kernel, a, s.batch, s.out_features}, {kernel, b, s.batch, s.in_features}, s);
+}
+
+template void csr_product(const float*, const MaskedProduct<float>&);
+template void csr_product(const double*, const MaskedProduct<double>&);
+template void csr_sampled(const float*, const float*, const SampledValues<float>&);
+template void csr_sampled(const double*, const double*, const SampledValues<double>&);
+
 }  // namespace compsparse
 
 STABLE_TORCH_LIBRARY_IMPL(compsparse, CPU, m) {
