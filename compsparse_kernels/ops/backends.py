@@ -39,7 +39,14 @@ _CPU_OPS = (
     "nm_linear",
     "nm_sampled",
 )
-_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
+_TRITON_OPS = (
+    *_CPU_OPS[:2],
+    "dag_network",
+    "dag_network_backward",
+    "nm_linear",
+    "nm_linear_transposed",
+    "nm_sampled",
+)
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.

@@ -16,6 +16,7 @@ in a product, whatever is in them, and are 0 in a sampled one.
 
 import torch
 
+from compsparse_kernels.ops.backends import register_triton
 from compsparse_kernels.ops.masked_linear import reference
 
 lib = torch.library.Library("compsparse", "FRAGMENT")
@@ -35,6 +36,8 @@ lib.define(
 lib.define("nm_sampled(Tensor a, Tensor b, Tensor positions, int n, int m) -> Tensor", tags=TAGS)
 for op in ("masked_linear", "sampled_matmul", "nm_linear", "nm_linear_transposed", "nm_sampled"):
     lib.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+for op in ("nm_linear", "nm_linear_transposed", "nm_sampled"):
+    register_triton(lib, op, f"{__package__}.triton", getattr(reference, op))
 
 
 @torch.library.register_fake("compsparse::masked_linear", lib=lib)
