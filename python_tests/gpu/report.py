@@ -16,6 +16,7 @@ from rich.table import Table
 from python_tests.gpu.aot import compile_launch
 from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case
 from python_tests.gpu.dag_cases import DagCase
+from python_tests.gpu.nm_cases import NMCase
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
 from python_tests.gpu.shipped import shipped
@@ -45,7 +46,7 @@ serves none. Nothing was timed.
 
 @dataclass(frozen=True)
 class Static:
-    case: Case | DagCase
+    case: Case | DagCase | NMCase
     analysis: Analysis
     bound: CycleBound | None
     violations: list[str]
@@ -53,12 +54,12 @@ class Static:
 
 @dataclass(frozen=True)
 class Emulated:
-    case: Case | DagCase
+    case: Case | DagCase | NMCase
     traffic: Traffic
     ceiling: Ceiling
 
 
-def examine(case: Case | DagCase) -> Static:
+def examine(case: Case | DagCase | NMCase) -> Static:
     """Compiles a case and reads it."""
     analysis = analyse(case.compiled(), case.target)
     gates = {name: getattr(case, name) for name in ("tensor_cores", "async_copies", "index_loads")}
