@@ -31,6 +31,7 @@ from compsparse_kernels.ops.triton_launch import (
 )
 
 LARGEST_SIDE, LEAST_SIDE = 64, 32  # of a tile of the weight, but for groups that are longer
+LARGEST_TILE = LARGEST_SIDE**2  # numbers of it, or of a tile of y
 MOST_NUMBERS = 64  # of a tile of the weight, that a thread holds; and half as many sums
 AT_ONCE = (1, 2, 4, 8)  # slots of a group: what a thread reads with one load
 
@@ -73,6 +74,8 @@ def product_launch(x, values, bias, positions, m, transposed, y) -> Launch:
             break
     in_features, rows, columns = (y.shape[1], step, side) if transposed else (x.shape[1], side, step)
     weight = _weight(positions, values.shape, m, in_features, rows, columns)
+    if transposed:
+        tile_batch = min(tile_batch, LARGEST_TILE // (weight["GROUPS"] * weight["TILE_M"]))
     tiles = triton.cdiv(y.shape[1], weight["GROUPS"] * m if transposed else weight["TILE_OUT"])
     arguments = {
         "x": x.contiguous(),
@@ -111,7 +114,7 @@ def _weight(positions, shape, m: int, in_features: int, most_rows: int, columns:
     out_features, groups, n = shape
     tile_m = triton.next_power_of_2(m)
     tile_groups = max(columns, LEAST_TILE, tile_m) // tile_m
-    tile_out = min(most_rows, padded(out_features))
+    tile_out = min(most_rows, padded(out_features), LARGEST_TILE // (tile_groups * tile_m))
     even = n in AT_ONCE and m == tile_m and tile_groups * n * bits_of(m) % 8 == 0
     return {
         "positions": positions,
