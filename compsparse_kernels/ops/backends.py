@@ -40,7 +40,15 @@ _CPU_OPS = (
     "nm_sampled",
 )
 _PROXIMAL_OPS = ("proximal_sgd_", "proximal_adamw_")
-_TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward", *_PROXIMAL_OPS)
+_TRITON_OPS = (
+    *_CPU_OPS[:2],
+    "dag_network",
+    "dag_network_backward",
+    "nm_linear",
+    "nm_linear_transposed",
+    "nm_sampled",
+    *_PROXIMAL_OPS,
+)
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.

@@ -1,7 +1,7 @@
 """Compiles a launch for a GPU that is not here, specialised as Triton's JIT would for the same arguments."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -16,6 +16,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
+    torch.uint8: "*u8",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -44,6 +45,20 @@ class Compiled:
     programs: int
     num_warps: int
     num_stages: int
+    parameters: tuple[str, ...]  # the names of those arguments
+    aligned: frozenset[str]  # parameters of which the compiler was told that 16 divides them
+    constants: dict[str, object]
+
+    def serving(self, launch) -> "Compiled":
+        """The same code with the arguments of another launch, for which what the compiler was told must hold too."""
+        for name, value in self.constants.items():
+            came = launch.arguments[name]
+            assert came == value, f"{name}: the code is for {value!r}, the launch has {came!r}"
+        arguments = tuple(launch.arguments[name] for name in self.parameters)
+        for name, value, own in zip(self.parameters, arguments, self.arguments, strict=True):
+            assert _type_of(value) == _type_of(own), f"{name}: the code is for {_type_of(own)}"
+            assert _is_aligned(value) or name not in self.aligned, f"{name}: the code is for multiples of 16"
+        return replace(self, arguments=arguments, programs=launch.programs)
 
 
 def compile_launch(launch, config: triton.Config, target: str) -> Compiled:
@@ -59,15 +74,29 @@ def compile_launch(launch, config: triton.Config, target: str) -> Compiled:
             continue
         signature[parameter.name] = _type_of(value)
         arguments.append(value)
-        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if address % 16 == 0 and not isinstance(value, float):
+        if _is_aligned(value):
             aligned.append(position)
     specialised = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if TARGETS[target].backend == "cuda":
         options["maxnreg"] = config.maxnreg
     kernel = _compile(function, *specialised, target, tuple(options.items()))
-    return Compiled(kernel, tuple(arguments), launch.programs, config.num_warps, config.num_stages)
+    names = [parameter.name for parameter in function.params]
+    return Compiled(
+        kernel,
+        tuple(arguments),
+        launch.programs,
+        config.num_warps,
+        config.num_stages,
+        tuple(name for name in names if name not in constants),
+        frozenset(names[position] for position in aligned),
+        constants,
+    )
+
+
+def _is_aligned(value) -> bool:
+    address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return not isinstance(value, float) and address % 16 == 0
 
 
 def _type_of(value) -> str:

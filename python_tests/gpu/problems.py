@@ -156,10 +156,9 @@ class Check:
     def ptx(self) -> str:
         return self.compiled.kernel.asm["ptx"]
 
-    def run(self, ptx: str | None = None, **options) -> None:
+    def run(self, program: Program | None = None, **options) -> None:
         """Raises PTXFault or AssertionError unless the code computes the reference, in bounds and without races."""
         self.output.fill_(float("nan"))  # what nobody writes is seen
-        program = None if ptx is None else Program(ptx)
         run_compiled(self.compiled, program=program, readonly=self._inputs, **options)
         if self.integers:
             assert torch.equal(self.output, self.exact.to(self.output.dtype)), f"{self.name}: not rounded correctly"

@@ -16,6 +16,7 @@ from rich.table import Table
 from python_tests.gpu.aot import compile_launch
 from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case
 from python_tests.gpu.dag_cases import DagCase
+from python_tests.gpu.nm_cases import NMCase
 from python_tests.gpu.proximal_cases import ProximalCase
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
@@ -28,7 +29,7 @@ from python_tests.gpu.static.roofline import DEVICES, Ceiling, Traffic, ceiling,
 
 EMULATED = ("sm_80", "sm_90")
 GATES = ("tensor_cores", "async_copies", "index_loads", "least_occupancy", "inner_loop")
-AnyCase = Case | DagCase | ProximalCase
+AnyCase = Case | DagCase | NMCase | ProximalCase
 WIDTH = 190
 
 L2_NOTE = """\

@@ -114,6 +114,29 @@ def test_a_long_row_is_shared_by_the_warps_of_a_block(length, warps):
     assert abs(y.item() - (2**24 + length - 1 - lost)) <= 1  # numbers above 2^24 are even
 
 
+PIECES = (4095, 4096, 4097, 6143, 6144, 9000)  # entries, around multiples of the 2048 units of a block
+
+
+@pytest.mark.parametrize("order", [PIECES, PIECES[::-1], (0, 4500, 1, 4500, 2000, 4500)], ids=str)
+def test_rows_that_are_cut_into_pieces_of_several_blocks(order):
+    """They begin anywhere in a block, and the blocks that follow them have rows of their own."""
+    mask = torch.arange(9000) < torch.tensor(order)[:, None]
+    layout = MaskLayout.from_mask(mask.roll(3, 1), "csr")
+    for batch, dtype in ((1, torch.float32), (6, torch.float16), (70, torch.float64)):
+        assert_linear_right(layout.by_output, batch, dtype, *mask.shape, bias=batch != 6)
+
+
+@pytest.mark.parametrize("length, blocks", [(4095, 1), (4096, 2), (6144, 3)])
+def test_a_very_long_row_is_shared_by_blocks(length, blocks):
+    """Told as above: eight warps of 32 lanes in each block add the ones, each lane an even number (but of 4095)."""
+    order = MaskLayout.from_mask(torch.ones(1, length, dtype=torch.bool), "csr").by_output
+    values = torch.ones(length)
+    values[0] = 2**24
+    y = masked_linear.masked_linear(torch.ones(1, length), values, None, *order, 1)
+    lost = -(-length // (32 * 8 * blocks)) - 1
+    assert abs(y.item() - (2**24 + length - 1 - lost)) <= 1
+
+
 @pytest.mark.parametrize("batch", [1, 33])
 def test_bitwise_equal_in_any_order_of_threads(batch):
     order = ragged_layout().by_output

@@ -3,9 +3,7 @@
 The op runs as on a GPU; each of its launches is compiled for a target and emulated.
 """
 
-from contextlib import contextmanager
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -14,35 +12,13 @@ pytest.importorskip("triton")
 
 from compsparse_kernels.ops.dag_network import reference
 from compsparse_kernels.ops.dag_network import triton as kernels
-from compsparse_kernels.ops.triton_launch import Launch
 from compsparse_kernels.testing import assert_within_budget
 from python_tests.gpu import ledger
-from python_tests.gpu.aot import compile_launch
 from python_tests.gpu.dag_networks import GRAPHS, Case, dense, network
-from python_tests.gpu.problems import SHARED_MEMORY, as_tf32
-from python_tests.gpu.ptx.torch_launch import run_compiled
+from python_tests.gpu.emulated import emulated
+from python_tests.gpu.problems import as_tf32
 
 WRITTEN = {"forward_kernel": ("h", "slopes"), "backward_kernel": ("gradients",), "weight_kernel": ("sums",)}
-
-
-@contextmanager
-def emulated(target: str, backwards: bool = False):
-    """Launches inside run as PTX of ``target``; stores to anything but results are faults."""
-
-    def run(launch: Launch) -> None:
-        config = kernels.suitable(launch.kernel.configs, launch.arguments, SHARED_MEMORY)[0]
-        compiled = compile_launch(launch, config, target)
-        written = [launch.arguments[name] for name in WRITTEN[launch.kernel.fn.__name__]]
-        inputs = [
-            position
-            for position, value in enumerate(compiled.arguments)
-            if isinstance(value, torch.Tensor) and not any(value is one for one in written)
-        ]
-        order = range(launch.programs)
-        run_compiled(compiled, readonly=inputs, order=order[::-1] if backwards else order)
-
-    with mock.patch.object(Launch, "__call__", run):
-        yield
 
 
 def check(case: Case, target: str, backwards: bool = False) -> list[torch.Tensor]:
@@ -54,7 +30,7 @@ def check(case: Case, target: str, backwards: bool = False) -> list[torch.Tensor
 
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN: what nobody writes is seen
     try:
-        with case.settings(), emulated(target, backwards):
+        with case.settings(), emulated(kernels, WRITTEN, target, backwards):
             ours = compute(net, kernels)
     finally:
         torch.use_deterministic_algorithms(False)

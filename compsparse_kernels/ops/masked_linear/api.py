@@ -40,8 +40,8 @@ def masked_linear(
         values: the survivors, of shape ``layout.values_shape`` (see :meth:`MaskLayout.pack`), dtype of ``x``.
         layout: the mask, and how it is stored.
         bias: ``[out_features]`` or None.
-        backend: None lets torch's dispatcher choose; ``"cpu"``, ``"cuda"`` or ``"reference"`` runs that one or says
-            why not.
+        backend: None lets torch's dispatcher choose; ``"cpu"``, ``"cuda"`` (``"triton"`` where ``kind="nm"``) or
+            ``"reference"`` runs that one or says why not.
             ``kind="dense"`` is torch's own product under either name.
 
     Returns:

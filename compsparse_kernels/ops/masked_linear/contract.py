@@ -19,6 +19,7 @@ in a product, whatever is in them, and are 0 in a sampled one.
 
 import torch
 
+from compsparse_kernels.ops.backends import register_triton
 from compsparse_kernels.ops.masked_linear import reference
 
 lib = torch.library.Library("compsparse", "FRAGMENT")
@@ -48,6 +49,8 @@ for op in (
     "nm_sampled",
 ):
     lib.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+for op in ("nm_linear", "nm_linear_transposed", "nm_sampled"):
+    register_triton(lib, op, f"{__package__}.triton", getattr(reference, op))
 
 
 @torch.library.register_fake("compsparse::masked_linear", lib=lib)

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "../../cpu/tensors.h"
 #include "launch.cuh"
@@ -49,6 +50,13 @@ void with_element_type(const Tensor& tensor, const Visit& visit) {
   }
 }
 
+// So many numbers of the type in which T is summed.
+template <typename T>
+Tensor new_sums(const Tensor& like, int64_t count) {
+  constexpr ScalarType type = std::is_same_v<Sum<T>, double> ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, {count}, type);
+}
+
 template <typename T>
 Tensor ordered_values(const Tensor& values, const Tensor& perm, cudaStream_t stream) {
   const int64_t count = perm.size(0);
@@ -71,6 +79,8 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
     const Tensor ordered = perm ? ordered_values<T>(weights, *perm, device.stream) : weights;
     const Tensor x_scratch = torch::stable::new_empty(x, {panel_size<T>(x.size(0), x.size(1))});
     const Tensor y_scratch = torch::stable::new_empty(x, {panel_size<T>(x.size(0), out_features)});
+    const int64_t piece_sums = pieces_size<T>(x.size(0), x.size(1), out_features, idx.size(0));
+    const Tensor pieces_scratch = new_sums<T>(x, piece_sums);
     const MaskedLinearCall<T> call = {
         .x = data<const T>(input),
         .values = data<const T>(ordered),
@@ -84,6 +94,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
         .entries = idx.size(0),
         .x_scratch = data<T>(x_scratch),
         .y_scratch = data<T>(y_scratch),
+        .pieces_scratch = data<Sum<T>>(pieces_scratch),
     };
     launch_masked_linear(call, device.stream);
   });

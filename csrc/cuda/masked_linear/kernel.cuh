@@ -6,7 +6,8 @@
 // over the entries.
 //
 // product:  each row is summed by the warp in whose window it begins (partition.cuh). A row of WarpWork entries or more
-//           is the last of its window; the warps of the block share it.
+//           is the last of its window; the warps of the block share it. One with the work of several blocks is cut
+//           into pieces, whose sums a second launch adds.
 // sampled:  entries do not depend on each other, so windows cut through rows.
 //
 // The order in which an element is summed depends on its row's length and the batch alone: results are the same, bit
@@ -29,6 +30,7 @@ struct MaskedProduct {
   int64_t rows;
   int64_t entries;
   int64_t stride;
+  Sum<T>* pieces;  // [blocks_for(rows, entries), stride], or null where no row is so long that it is cut
 };
 
 // values[p] = sum over n of a[row of p, n] b[idx[p], n] on panels a [rows, stride], b [in, stride]; the columns of the
@@ -94,12 +96,15 @@ __device__ inline void add_slices(S (&sums)[V]) {
     for (int i = 0; i < V; ++i) sums[i] += __shfl_xor_sync(WholeWarp, sums[i], distance);
 }
 
-// One row, summed by all warps of the block: each takes a stretch of it, and one thread per column adds up.
+// One row, or a piece of it, summed by all warps of the block: each takes a stretch, and one thread per column adds up.
 template <int V, int Group, typename T>
-__device__ inline void product_long_row(const MaskedProduct<T>& p, int64_t row, const Place<V, Group>& place,
-                                        int64_t first_column, int64_t column, Sum<T>* partial) {
+__device__ inline void product_long_row(const MaskedProduct<T>& p, int64_t block, Piece piece,
+                                        const Place<V, Group>& place, int64_t first_column, int64_t column,
+                                        Sum<T>* partial) {
   constexpr int Width = Place<V, Group>::Width;
-  const int64_t begin = p.ptr[row], end = p.ptr[row + 1], stretch = ceil_div(end - begin, Warps);
+  const int64_t length = p.ptr[piece.row + 1] - p.ptr[piece.row], share = ceil_div(length, piece.count);
+  const int64_t begin = p.ptr[piece.row] + piece.number * share;
+  const int64_t end = min(begin + share, p.ptr[piece.row + 1]), stretch = ceil_div(share, Warps);
   const int64_t from = begin + place.warp * stretch;
   Sum<T> sums[V] = {};
   add_entries<V, Place<V, Group>::Slices>(p, from, min(from + stretch, end), place.slice, column, sums);
@@ -110,9 +115,12 @@ __device__ inline void product_long_row(const MaskedProduct<T>& p, int64_t row, 
   __syncthreads();
   const int mine = threadIdx.x;
   if (mine < Width && first_column + mine < p.stride) {
-    Sum<T> sum = p.bias ? widen(p.bias[row]) : Sum<T>(0);
+    Sum<T> sum = p.bias && piece.number == 0 ? widen(p.bias[piece.row]) : Sum<T>(0);
     for (int warp = 0; warp < Warps; ++warp) sum += partial[warp * Width + mine];
-    p.y[row * p.stride + first_column + mine] = narrow<T>(sum);
+    if (piece.count > 1)
+      p.pieces[block * p.stride + first_column + mine] = sum;
+    else
+      p.y[piece.row * p.stride + first_column + mine] = narrow<T>(sum);
   }
   __syncthreads();
 }
@@ -152,8 +160,28 @@ __global__ void __launch_bounds__(BlockThreads) product(MaskedProduct<T> p) {
   const int64_t long_row = product_window<V, Group>(p, block * Warps + place.warp, place, has_columns, column);
   if (place.lane == 0) long_rows[place.warp] = long_row;
   __syncthreads();
-  for (int warp = 0; warp < Warps; ++warp)
-    if (long_rows[warp] >= 0) product_long_row<V, Group>(p, long_rows[warp], place, first_column, column, partial);
+  for (int warp = 0; warp < Warps; ++warp) {
+    const int64_t row = long_rows[warp];
+    if (row < 0) continue;
+    const Piece whole_or_first = {row, 0, pieces_of(p.ptr[row + 1] - p.ptr[row])};
+    product_long_row<V, Group>(p, block, whole_or_first, place, first_column, column, partial);
+  }
+  if (!p.pieces) return;
+  const Piece later = later_piece(p.ptr, p.rows, block);
+  if (later.row >= 0) product_long_row<V, Group>(p, block, later, place, first_column, column, partial);
+}
+
+// The rows that were cut: each block has the one that begins in its windows, if there is one, and a piece of the batch.
+template <typename T>
+__global__ void __launch_bounds__(BlockThreads) add_pieces(MaskedProduct<T> p) {
+  const int64_t blocks = blocks_for(p.rows, p.entries);
+  const int64_t block = blockIdx.x % blocks, column = blockIdx.x / blocks * BlockThreads + threadIdx.x;
+  const int64_t row = first_row_from(p.ptr, p.rows, (block + 1) * BlockWork) - 1;
+  const int64_t count = pieces_of(p.ptr[row + 1] - p.ptr[row]);
+  if (count == 1 || first_unit(p.ptr, row) / BlockWork != block || column >= p.stride) return;
+  Sum<T> sum(0);
+  for (int64_t piece = 0; piece < count; ++piece) sum += p.pieces[(block + piece) * p.stride + column];
+  p.y[row * p.stride + column] = narrow<T>(sum);
 }
 
 // Sums each of Count values over Width lanes. Lane l of them gets value l / (Width / Count): at each step half of the

@@ -19,6 +19,12 @@ int64_t panel_size(int64_t batch, int64_t features) {
   return batch == 1 ? 0 : panel_stride<T>(batch) * features;
 }
 
+// Sums of the scratch for rows that are cut, which only a wide matrix has.
+template <typename T>
+int64_t pieces_size(int64_t batch, int64_t in_features, int64_t out_features, int64_t entries) {
+  return pieces_of(in_features) == 1 ? 0 : blocks_for(out_features, entries) * panel_stride<T>(batch);
+}
+
 // Calls visit.template operator()<V, Group>() with the shape of a warp for this panel; see kernel.cuh.
 template <typename T, typename Visit>
 void with_warp_shape(int64_t stride, const Visit& visit) {
@@ -49,8 +55,9 @@ struct MaskedLinearCall {
   int64_t in_features;
   int64_t out_features;
   int64_t entries;
-  T* x_scratch;  // panel_size(batch, in)
-  T* y_scratch;  // panel_size(batch, out)
+  T* x_scratch;            // panel_size(batch, in)
+  T* y_scratch;            // panel_size(batch, out)
+  Sum<T>* pieces_scratch;  // pieces_size(batch, in, out, entries)
 };
 
 template <typename T, typename Stream>
@@ -66,12 +73,17 @@ void launch_masked_linear(const MaskedLinearCall<T>& call, Stream stream) {
       .rows = call.out_features,
       .entries = call.entries,
       .stride = panel_stride<T>(call.batch),
+      .pieces = pieces_of(call.in_features) == 1 ? nullptr : call.pieces_scratch,
   };
   with_warp_shape<T>(p.stride, [&]<int V, int Group>() {
     const int64_t pieces = ceil_div(p.stride, Place<V, Group>::Width);
     const dim3 grid = grid_of(blocks_for(p.rows, p.entries) * pieces);
     CS_LAUNCH((product<T, V, Group>), grid, dim3(BlockThreads), 0, stream, p);
   });
+  if (p.pieces) {
+    const dim3 grid = grid_of(blocks_for(p.rows, p.entries) * ceil_div(p.stride, BlockThreads));
+    CS_LAUNCH(add_pieces<T>, grid, dim3(BlockThreads), 0, stream, p);
+  }
   if (call.batch > 1)
     launch_transpose<T>({p.y, call.y, call.out_features, call.batch, p.stride, call.out_features}, stream);
 }

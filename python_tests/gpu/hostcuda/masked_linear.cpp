@@ -45,6 +45,7 @@ void hostcuda_masked_linear(int element_type, const void* x, const void* values,
     const Buffer<T> ordered(perm ? entries : 0);
     if (perm) gather_values(values, perm, wide_perm, ordered);
     const Buffer<T> x_scratch(panel_size<T>(batch, in_features)), y_scratch(panel_size<T>(batch, out_features));
+    const Buffer<Sum<T>> pieces_scratch(pieces_size<T>(batch, in_features, out_features, entries));
     const MaskedLinearCall<T> call = {
         .x = static_cast<const T*>(x),
         .values = perm ? ordered.data() : static_cast<const T*>(values),
@@ -58,6 +59,7 @@ void hostcuda_masked_linear(int element_type, const void* x, const void* values,
         .entries = entries,
         .x_scratch = x_scratch.data(),
         .y_scratch = y_scratch.data(),
+        .pieces_scratch = pieces_scratch.data(),
     };
     launch_masked_linear(call, no_stream);
   });

@@ -172,9 +172,9 @@ void check(const Shape& shape, std::mt19937& generator) {
 
 int main(int count, char** arguments) {
   // Every warp shape and more than one piece of the batch, more than one block, long rows; rows of 15 entries, so that
-  // some begin where a warp's window does; several long rows in a block.
-  const Shape shapes[] = {{1, 1, 1},    {5, 7, 2},     {13, 300, 1},     {29, 530, 3},    {60, 40, 33},
-                          {70, 600, 1}, {9, 270, 130}, {130, 20, 2, 15}, {6, 300, 2, 300}};
+  // some begin where a warp's window does; several long rows in a block; rows that are cut into pieces.
+  const Shape shapes[] = {{1, 1, 1},    {5, 7, 2},     {13, 300, 1},     {29, 530, 3},     {60, 40, 33},
+                          {70, 600, 1}, {9, 270, 130}, {130, 20, 2, 15}, {6, 300, 2, 300}, {3, 6200, 2, 6150}};
   std::mt19937 generator(count > 1 ? static_cast<unsigned>(std::stoul(arguments[1])) : 0);
   std::set<int> types;
   for (int i = 2; i < count; ++i) types.insert(std::stoi(arguments[i]));

@@ -11,6 +11,7 @@ from .profile import Profile
 from .program import Program
 
 CONTAINERS = {
+    torch.uint8: torch.uint8,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
     torch.float32: torch.int32,
