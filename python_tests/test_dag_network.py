@@ -164,6 +164,18 @@ def test_any_graph(layout, batch, dtype, activation, with_biases, seed):
     assert_right(layout, inputs, grad, activation, with_biases)
 
 
+def test_a_chain_is_as_deep_as_it_has_nodes():
+    """Its columns are used again and again, and nothing recurses."""
+    layout = DAGLayout(FunctionGraph(1, [[vertex] for vertex in range(5000)]), 1)
+    ones = [torch.ones(shape, requires_grad=True) for shape in layout.weight_shapes]
+    x = torch.arange(-5.0, 20.0)[:, None].requires_grad_()  # of which every sum is exact
+    y = dag_network(x, ones, layout, None, None)
+    assert torch.equal(y, x)
+    grad_x, *grads = torch.autograd.grad(y.sum(), [x, *ones])
+    assert torch.equal(grad_x, torch.ones_like(x))
+    assert all((grad == x.sum()).all() for grad in grads)
+
+
 # ---- memory
 
 

@@ -10,6 +10,7 @@
 #include "../partition.h"
 #include "../scratch.h"
 #include "../tensors.h"
+#include "schedule.h"
 
 namespace compsparse {
 namespace {
@@ -39,15 +40,28 @@ std::vector<DagKind<T>> kinds_of(const std::vector<Tensor>& weights, const std::
   return kinds;
 }
 
-// Rows of a tile. Several vectors share what is read of the weights, unless the batch is short, or the graph so large
-// that a tile would not stay in cache; never a choice by threads, which would show in sums.
+DagGraph graph_of(const Tensor& nodes, const Tensor& edge_ptr, const Tensor& edges, int64_t in_features,
+                  int64_t columns, const std::vector<Tensor>& weights) {
+  DagGraph graph = {indices(nodes), indices(edge_ptr), indices(edges), nodes.size(0), in_features, columns, {}};
+  for (const Tensor& weight : weights) graph.outs.push_back(weight.size(1));
+  return graph;
+}
+
+// Rows of a tile: the number of vectors with which a row makes the least traffic. Vectors share what is read of the
+// weights, but not where the batch is short, nor if the tile then no longer stays in cache and that is worth more.
+// Never a choice by threads, which would show in sums.
 template <typename T>
-int64_t tile_rows(const DagKernels<T>& kernel, int64_t batch, int64_t columns) {
+int64_t tile_rows(const DagKernels<T>& kernel, const std::vector<DagKind<T>>& kinds, int64_t batch, int64_t columns) {
   constexpr int64_t least_tiles = 4, cache = (int64_t(1) << 21) / sizeof(T);
-  int64_t vectors = kernel.max_vectors;
-  const auto rows = [&] { return vectors * kernel.lanes; };
-  while (vectors > 1 && (batch < least_tiles * rows() || columns * rows() > cache)) --vectors;
-  return rows();
+  int64_t weights = 0;
+  for (const DagKind<T>& kind : kinds) weights += kind.num_weights * kind.out * kind.fan_in;
+  const auto traffic = [&](int64_t rows) { return weights / rows + (columns * rows > cache ? columns : 0); };
+  int64_t best = kernel.lanes;
+  for (int64_t vectors = 2; vectors <= kernel.max_vectors; ++vectors) {
+    const int64_t rows = vectors * kernel.lanes;
+    if (batch >= least_tiles * rows && traffic(rows) <= traffic(best)) best = rows;
+  }
+  return best;
 }
 
 template <typename T>
@@ -72,22 +86,23 @@ Tensor dag_network(const Tensor& x, std::vector<Tensor> weights, std::vector<Ten
   const Tensor input = as_contiguous(x);
   weights = all_contiguous(weights), biases = all_contiguous(biases);
   Tensor y = new_tensor(x, {x.size(0), out_features});
+  const Schedule plan = schedule(graph_of(nodes, edge_ptr, edges, x.size(1), columns, weights), false);
   const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
     const std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);
     const DagNetwork<T> net = {.x = static_cast<const T*>(input.data_ptr()),
                                .y = static_cast<T*>(y.data_ptr()),
                                .kinds = kinds.data(),
-                               .nodes = indices(nodes),
-                               .edge_ptr = indices(edge_ptr),
-                               .edges = indices(edges),
+                               .nodes = plan.nodes.data(),
+                               .edge_ptr = plan.edge_ptr.data(),
+                               .edges = plan.edges.data(),
                                .num_nodes = nodes.size(0),
                                .in_features = x.size(1),
                                .out_features = out_features,
                                .activation = activation_from(activation)};
-    const int64_t batch = x.size(0), rows = tile_rows(kernel, batch, columns);
+    const int64_t batch = x.size(0), rows = tile_rows(kernel, kinds, batch, plan.columns);
     const int64_t parts = std::clamp<int64_t>((batch + rows - 1) / rows, 1, parts_for(work_of(net, batch)));
     for_each_part(parts, [&](int64_t part) {
-      const auto values = make_scratch<T>(columns * rows);
+      const auto values = make_scratch<T>(plan.columns * rows);
       kernel.forward(net, tiles_of(batch, rows, part, parts), rows, values.get());
     });
   };
@@ -120,7 +135,8 @@ int64_t place_sums(const DagKernels<T>& kernel, std::vector<DagKind<T>>& kinds) 
 template <typename T>
 void run_backward(const DagKernels<T>& kernel, const DagNetwork<T>& net, std::vector<DagKind<T>>& kinds, int64_t batch,
                   int64_t columns, bool needs_parameters) {
-  const int64_t rows = tile_rows(kernel, batch, columns), tiles = (batch + rows - 1) / rows, tile = columns * rows;
+  const int64_t rows = tile_rows(kernel, kinds, batch, columns), tiles = (batch + rows - 1) / rows,
+                tile = columns * rows;
   const int64_t size = needs_parameters ? place_sums(kernel, kinds) : 0;
   const int64_t parts = gradient_parts(batch, tiles, size);
   const bool slopes = net.activation == Activation::gelu || net.activation == Activation::silu;
@@ -157,6 +173,9 @@ std::vector<Tensor> dag_network_backward(const Tensor& grad, const Tensor& x, st
       grads.push_back(new_tensor(x, {weight.size(0), weight.size(1), weight.size(2)}));
     for (const Tensor& bias : biases) grads.push_back(new_tensor(x, {bias.size(0), bias.size(1)}));
   }
+  const int64_t num_sources = child_ptr.size(0) - 1 - nodes.size(0);
+  const DagGraph graph = graph_of(nodes, edge_ptr, edges, x.size(1), columns, weights);
+  const Schedule plan = schedule_of_backward(graph, num_sources, indices(child_ptr), indices(children));
   const auto run = [&]<typename T>(const DagKernels<T>& kernel) {
     std::vector<DagKind<T>> kinds = kinds_of<T>(weights, biases, linear);
     if (needs_parameters)
@@ -168,12 +187,12 @@ std::vector<Tensor> dag_network_backward(const Tensor& grad, const Tensor& x, st
                                .grad = static_cast<const T*>(grad_y.data_ptr()),
                                .grad_x = needs_x ? static_cast<T*>(grads[0].data_ptr()) : nullptr,
                                .kinds = kinds.data(),
-                               .nodes = indices(nodes),
-                               .edge_ptr = indices(edge_ptr),
-                               .edges = indices(edges),
-                               .child_ptr = indices(child_ptr),
-                               .children = indices(children),
-                               .num_sources = child_ptr.size(0) - 1 - nodes.size(0),
+                               .nodes = plan.nodes.data(),
+                               .edge_ptr = plan.edge_ptr.data(),
+                               .edges = plan.edges.data(),
+                               .child_ptr = plan.child_ptr.data(),
+                               .children = plan.children.data(),
+                               .num_sources = num_sources,
                                .num_nodes = nodes.size(0),
                                .in_features = x.size(1),
                                .out_features = grad.size(1),
