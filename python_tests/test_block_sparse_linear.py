@@ -101,6 +101,14 @@ def test_activations_and_batches(batch, activation, dtype):
     assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(others, (values, bias), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_large_numbers(dtype):
+    """Far from 0 it is 0 or z and its slope 0 or 1; nothing overflows on the way."""
+    z = torch.tensor([[-3e38, -1e5, -200.0, -40.0, 40.0, 200.0, 1e5, 3e38]], dtype=dtype)
+    assert torch.equal(torch.ops.compsparse.activated(z, None, "gelu"), z.clamp(min=0))
+    assert torch.equal(torch.ops.compsparse.activated(z, torch.ones_like(z), "gelu"), (z > 0).to(dtype))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 @pytest.mark.parametrize("with_bias", [False, True])
