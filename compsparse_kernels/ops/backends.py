@@ -37,6 +37,7 @@ _CPU_OPS = (
     "threshold_attention",
     "dag_network",
 )
+_CPU_OPS_IN_HALVES = ("block_sparse_linear", "sampled_block_matmul", "dag_network")
 _TRITON_OPS = (*_CPU_OPS[:2], "dag_network", "dag_network_backward")
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -44,7 +45,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _KERNELS = {
     "cpu": (
         "cpu",
-        dict.fromkeys(_CPU_OPS[:2], _ANYWHERE + _HALVES) | dict.fromkeys(_CPU_OPS[2:], _ANYWHERE),
+        dict.fromkeys(_CPU_OPS, _ANYWHERE) | dict.fromkeys(_CPU_OPS_IN_HALVES, _ANYWHERE + _HALVES),
         _no_cpu_kernels,
     ),
     "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),

@@ -94,7 +94,8 @@ COMPSPARSE_INLINE void store_narrow(T* p, Vec<Sum<T>, L> v) {
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<Sum<T>, L> load_wide_partial(const T* p, int64_t count) {
   T lanes[L] = {};
-  for (int64_t i = 0; i < count && i < L; ++i) lanes[i] = p[i];
+  for (int64_t i = 0; i < L; ++i)
+    if (i < count) lanes[i] = p[i];
   return load_wide<T, L>(lanes);
 }
 

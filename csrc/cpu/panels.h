@@ -1,7 +1,9 @@
-// Panels: a tile of the batch with the batch as the vector axis, [features][rows]. Moves to and from [batch, features],
-// and the product that reads weights one by one, so that blocks of any width fill whole vectors.
+// Panels: a tile of the batch with the batch as the vector axis, [features][rows], in the type of sums. Moves to and
+// from [batch, features], and the product that reads weights one by one, so that blocks of any width fill whole
+// vectors.
 #pragma once
 
+#include "numbers.h"
 #include "shuffle.h"
 
 namespace {
@@ -9,23 +11,25 @@ namespace {
 // A square of L batch rows and L features: rows [0, rows) of x become columns of the panel.
 template <typename T, int L>
 COMPSPARSE_INLINE void pack_square(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width,
-                                   T* panel) {
-  Vec<T, L> v[L];
+                                   Sum<T>* panel) {
+  Vec<Sum<T>, L> v[L];
   if (rows >= L && features >= L) {
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(x + i * stride);
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load_wide<T, L>(x + i * stride);
   } else {
     for (int i = 0; i < L; ++i) {
       const T* row = x + i * stride;
-      v[i] = i >= rows ? Vec<T, L>{} : features >= L ? load<T, L>(row) : load_partial<T, L>(row, features);
+      v[i] = i >= rows       ? Vec<Sum<T>, L>{}
+             : features >= L ? load_wide<T, L>(row)
+                             : load_wide_partial<T, L>(row, features);
     }
   }
-  transpose<T, L>(v);
-  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) if (i < features) store<T, L>(panel + i * width, v[i]);
+  transpose<Sum<T>, L>(v);
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) if (i < features) store<Sum<T>, L>(panel + i * width, v[i]);
 }
 
 // x [rows][features], rows `stride` apart, to a panel of `width` rows; lanes without a batch row are zero.
 template <typename T, int L>
-void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width, T* panel) {
+void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t features, int64_t width, Sum<T>* panel) {
   for (int64_t n = 0; n < width; n += L)
     for (int64_t f = 0; f < features; f += L)
       pack_square<T, L>(x + n * stride + f, stride, rows - n, features - f, width, panel + f * width + n);
@@ -33,27 +37,27 @@ void pack_panel(const T* x, int64_t stride, int64_t rows, int64_t features, int6
 
 // tile [L outputs][width] -> y [valid batch rows][outputs]
 template <typename T, int L>
-void unpack_tile(const T* tile, int64_t width, int64_t valid, int64_t outputs, int64_t stride, T* y) {
+void unpack_tile(const Sum<T>* tile, int64_t width, int64_t valid, int64_t outputs, int64_t stride, T* y) {
   for (int64_t n = 0; n < valid; n += L) {
-    Vec<T, L> v[L];
-    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<T, L>(tile + i * width + n);
-    transpose<T, L>(v);
+    Vec<Sum<T>, L> v[L];
+    COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) v[i] = load<Sum<T>, L>(tile + i * width + n);
+    transpose<Sum<T>, L>(v);
     T* rows = y + n * stride;
     if (valid - n >= L && outputs == L) {
-      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store<T, L>(rows + i * stride, v[i]);
+      COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) store_narrow<T, L>(rows + i * stride, v[i]);
     } else {
-      for (int64_t i = 0; i < L && i < valid - n; ++i) store_partial<T, L>(rows + i * stride, v[i], outputs);
+      for (int64_t i = 0; i < L && i < valid - n; ++i) store_narrow_partial<T, L>(rows + i * stride, v[i], outputs);
     }
   }
 }
 
 // A panel of `features` features to y [valid batch rows][features], rows `stride` apart.
 template <typename T, int L>
-void unpack_panel(const T* panel, int64_t width, int64_t valid, int64_t features, int64_t stride, T* y) {
+void unpack_panel(const Sum<T>* panel, int64_t width, int64_t valid, int64_t features, int64_t stride, T* y) {
   int64_t f = 0;
   for (; f + L <= features; f += L) unpack_tile<T, L>(panel + f * width, width, valid, L, stride, y + f);
   for (; f < features; ++f)
-    for (int64_t n = 0; n < valid; ++n) y[n * stride + f] = panel[f * width + n];
+    for (int64_t n = 0; n < valid; ++n) store_narrow<T, 1>(y + n * stride + f, load<Sum<T>, 1>(panel + f * width + n));
 }
 
 // acc[o][b] += w[o * w_out + k * w_in] * panel[k][b], k = 0 .. depth, for B vectors of batch rows.
