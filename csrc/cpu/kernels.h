@@ -70,7 +70,7 @@ struct BlockProduct {
 };
 
 // For each entry p of block row r: blocks[slot[p]] = a[:, rows of r]^T b[:, columns of idx[p]]; or, where `sums` is not
-// null, sums[p] is that, not yet rounded.
+// null, sums[p] is that, not yet rounded. Where `add`, it is added to what is there; only to what is not rounded.
 template <typename T>
 struct SampledBlocks {
   const T* a;              // [batch, out_features]
@@ -85,6 +85,7 @@ struct SampledBlocks {
   int64_t out_features;
   int64_t block_out;
   int64_t block_in;
+  bool add;
 };
 
 // Packed operands are elements of the size of a sum: one input, widened, or two of half that size.
