@@ -1,6 +1,7 @@
 """dag_network: values and gradients against float64, node by node; memory, threads and instruction sets."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,13 +294,14 @@ def test_bitwise_equal_for_any_number_of_threads(name, dtype):
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
-    """The tests of this file that depend on it, in a process whose kernels are capped to a narrower instruction set."""
-    tests = "networks or batches or without_biases or memory or any_graph or threads or written"
+    """What depends on it, here and in half precision, in a process whose kernels are capped to a narrower one."""
+    tests = "networks or batches or without_biases or memory or any_graph or threads or written or rounded"
+    files = [__file__, str(Path(__file__).with_name("test_dag_network_half.py"))]
     code = f"""
 import sys
 import pytest
 from compsparse_kernels.ops import cpu_isa
 assert cpu_isa() == {isa!r}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, {__file__!r}]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, *{files!r}]))
 """
     run_in_subprocess(code, isa=isa)

@@ -181,8 +181,8 @@ void run_backward(const DagKernels<T>& kernel, const DagNetwork<T>& net, Kinds<T
     for (int64_t part = 0; part < parts; ++part) body(part);
   else
     for_each_part(parts, body);
+  if (gradients.empty()) return;
   const int64_t threads = parts_for(parts * size);
-  if (size == 0) return;
   for_each_part(threads, [&](int64_t thread) {
     for (size_t k = 0; k < gradients.size(); ++k)
       kernel.reduce(kinds.all[k], sums.get(), size, parts, equal_share(kinds.all[k].num_weights, thread, threads),
