@@ -74,6 +74,16 @@ def test_blocks_narrower_than_vectors(block_shape, batch, transposed, dtype):
     assert_sampled_right(layout, grad, x, values)
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_sampled_blocks_of_a_long_batch_are_summed_in_shares(shared, dtype):
+    layout = make_layout(61, 90, (16, 16), density=0.6)
+    slot = torch.arange(layout.nnz_blocks) % (5 if shared else layout.nnz_blocks)
+    layout = BlockLayout.from_entries(*layout.coordinates(), (16, 16), 61, 90, slot=slot)
+    x, values, _, grad = make_inputs(layout, 790, dtype)
+    assert_sampled_right(layout, grad, x, values)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("block_shape", [(4, 4), (7, 16), (12, 8), (16, 16)], ids=str)
 def test_blocks_keep_nan_and_infinity_in_their_rows(block_shape, activation):
@@ -356,6 +366,7 @@ def test_a_convolution_is_a_layout(size, kernel, stride, padding, dilation, dtyp
         (512, 512, (64, 64), 3),
         (190, 256, (8, 8), 173),
         (90, 130, (4, 4), 530),
+        (100, 130, (16, 32), 600),
     ],
     ids=str,
 )
@@ -418,10 +429,10 @@ def test_what_reaches_past_the_edge_is_zero_even_beside_nan(isa):
     code = """
 import torch
 from compsparse_kernels import BlockLayout, sampled_block_matmul
-for o, i in ((32, 64), (8, 4), (5, 12)):
+for o, i, batch in ((32, 64, 37), (32, 64, 700), (8, 4, 37), (5, 12, 37)):
     rows, columns = 3 * o - o // 2, 3 * i - i // 4
     layout = BlockLayout.from_mask(torch.ones(3, 3, dtype=torch.bool), (o, i), out_features=rows, in_features=columns)
-    a, b = torch.randn(37, rows), torch.randn(37, columns)
+    a, b = torch.randn(batch, rows), torch.randn(batch, columns)
     a[:, -1] = b[:, -1] = float("nan")
     expected = torch.zeros(3 * o, 3 * i, dtype=torch.bool)
     expected[rows - 1, :columns] = expected[:rows, columns - 1] = True
@@ -429,4 +440,4 @@ for o, i in ((32, 64), (8, 4), (5, 12)):
     values = sampled_block_matmul(a, b, layout)
     print(torch.equal(values.isnan(), blocks) and not values[-1, -1, -1])
 """
-    assert run_in_subprocess(code, isa=isa).split() == ["True"] * 3
+    assert run_in_subprocess(code, isa=isa).split() == ["True"] * 4

@@ -131,6 +131,14 @@ def test_activated(dtype, activation, memory):
     assert op(z[:0], None, activation).shape == (0, 61)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_large_numbers(dtype):
+    """Far from 0 it is 0 or z and its slope 0 or 1; nothing overflows on the way."""
+    z = torch.tensor([[-3e38, -1e5, -200.0, -40.0, 40.0, 200.0, 1e5, 3e38]], dtype=dtype)
+    assert torch.equal(torch.ops.compsparse.activated(z, None, "gelu"), z.clamp(min=0))
+    assert torch.equal(torch.ops.compsparse.activated(z, torch.ones_like(z), "gelu"), (z > 0).to(dtype))
+
+
 def test_opcheck_without_blocks():
     layout = BlockLayout.from_mask(torch.zeros(2, 2, dtype=torch.bool), (4, 4))
     x, values, bias = make_inputs(layout)

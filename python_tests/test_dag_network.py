@@ -1,6 +1,7 @@
 """dag_network: values and gradients against float64, node by node; memory, threads and instruction sets."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from compsparse_kernels.graphs import Parents
 from compsparse_kernels.ops import cpu_isa
 from compsparse_kernels.testing import (
     DTYPES,
+    HALVES,
     ISAS,
     MEMORY_FORMS,
     THREADS,
@@ -42,6 +44,7 @@ LAYOUTS = {
     "width 1": DAGLayout(FunctionGraph.butterfly(8), 1),
     "one wide node": DAGLayout(FunctionGraph(2, [[1]]), 1, 130, in_channels=17, out_channels=19),
 }
+ALL_DTYPES = DTYPES + HALVES
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 
 
@@ -83,8 +86,9 @@ def assert_right(layout, inputs, grad, activation, with_biases=True):
     if activation == "relu":
         grad = clear_of_kinks(function_of, inputs, grad)
     ours = output_and_gradients(as_function(dag_network, layout, with_biases, activation), inputs, grad, grad.dtype)
+    dense_dtype = torch.float32 if grad.dtype == torch.float64 else grad.dtype
     dense, exact = (
-        output_and_gradients(function_of(activation), inputs, grad, dtype) for dtype in (torch.float32, torch.float64)
+        output_and_gradients(function_of(activation), inputs, grad, dtype) for dtype in (dense_dtype, torch.float64)
     )
     # What one rounding is relative to: all terms in absolute value; activations are about the identity at most.
     sizes = output_and_gradients(function_of(None), [tensor.abs() for tensor in inputs], grad.abs(), torch.float64)
@@ -102,7 +106,7 @@ def output_gradient(layout, batch, dtype=torch.float32):
 # ---- shapes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @every_layout
 def test_networks(name, activation, dtype):
@@ -110,7 +114,7 @@ def test_networks(name, activation, dtype):
     assert_right(layout, dag_inputs(layout, 21, dtype), output_gradient(layout, 21, dtype), activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 2, 7, 48, 100, 250])
 @pytest.mark.parametrize("name", ["skip edges, hidden 7", "padded convolution", "outputs that are read"])
 def test_batches(name, batch, dtype):
@@ -154,7 +158,7 @@ def test_leading_dimensions(lead):
 @given(
     layout=layouts(),
     batch=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(ALL_DTYPES),
     activation=st.sampled_from(list(ACTIVATIONS)),
     with_biases=st.booleans(),
     seed=st.integers(0, 2**20),
@@ -164,10 +168,22 @@ def test_any_graph(layout, batch, dtype, activation, with_biases, seed):
     assert_right(layout, inputs, grad, activation, with_biases)
 
 
+def test_a_chain_is_as_deep_as_it_has_nodes():
+    """Its columns are used again and again, and nothing recurses."""
+    layout = DAGLayout(FunctionGraph(1, [[vertex] for vertex in range(5000)]), 1)
+    ones = [torch.ones(shape, requires_grad=True) for shape in layout.weight_shapes]
+    x = torch.arange(-5.0, 20.0)[:, None].requires_grad_()  # of which every sum is exact
+    y = dag_network(x, ones, layout, None, None)
+    assert torch.equal(y, x)
+    grad_x, *grads = torch.autograd.grad(y.sum(), [x, *ones])
+    assert torch.equal(grad_x, torch.ones_like(x))
+    assert all((grad == x.sum()).all() for grad in grads)
+
+
 # ---- memory
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("memory", MEMORY_FORMS)
 @pytest.mark.parametrize("name", ["skip edges", "outputs that are read"])
 def test_memory_of_inputs_and_gradients(name, memory, dtype):
@@ -239,7 +255,7 @@ def test_relu_lets_nan_through_to_the_gradient():
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @every_layout
 def test_every_output_is_written(name, dtype):
     """Deterministic mode fills every new tensor with NaN: what a kernel did not write shows."""
@@ -261,7 +277,7 @@ def test_every_output_is_written(name, dtype):
 
 
 @pytest.mark.skipif(not ISAS, reason="the reference adds up as torch does: no compiled kernels here")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["tree, width 33, hidden 20", "skip edges", "padded convolution"])
 def test_bitwise_equal_for_any_number_of_threads(name, dtype):
     layout = LAYOUTS[name]
@@ -278,13 +294,14 @@ def test_bitwise_equal_for_any_number_of_threads(name, dtype):
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
-    """The tests of this file that depend on it, in a process whose kernels are capped to a narrower instruction set."""
-    tests = "networks or batches or without_biases or memory or any_graph or threads or written"
+    """What depends on it, here and in half precision, in a process whose kernels are capped to a narrower one."""
+    tests = "networks or batches or without_biases or memory or any_graph or threads or written or rounded"
+    files = [__file__, str(Path(__file__).with_name("test_dag_network_half.py"))]
     code = f"""
 import sys
 import pytest
 from compsparse_kernels.ops import cpu_isa
 assert cpu_isa() == {isa!r}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, {__file__!r}]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {tests!r}, *{files!r}]))
 """
     run_in_subprocess(code, isa=isa)

@@ -49,7 +49,7 @@ class DAGNetwork(nn.Module):
         in_channels: channels of each source.
         out_channels: channels of each sink.
         bias: with biases, or without.
-        device, dtype: of the parameters; on the CPU computing needs float32 or float64, or autocast.
+        device, dtype: of the parameters.
 
     Shapes: ``[..., sources]`` or, with more than one channel, ``[..., sources, in_channels]``, to ``[..., sinks]`` or
     ``[..., sinks, out_channels]``, in the order of the graph.

@@ -99,7 +99,8 @@ template <typename T, int L>
 COMPSPARSE_INLINE void store_narrow_partial(T* p, Vec<Sum<T>, L> v, int64_t count) {
   T lanes[L];
   store_narrow<T, L>(lanes, v);
-  for (int64_t i = 0; i < count && i < L; ++i) p[i] = lanes[i];
+  for (int64_t i = 0; i < L; ++i)
+    if (i < count) p[i] = lanes[i];
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Panels: a tile of the batch with the batch as the vector axis, [features][rows], as wide as its sums. Moves to and
+// Panels: a tile of the batch with the batch as the vector axis, [features][rows], in the type of sums. Moves to and
 // from [batch, features], and the product that reads weights one by one, so that blocks of any width fill whole
 // vectors.
 #pragma once
@@ -53,11 +53,11 @@ void unpack_tile(const Sum<T>* tile, int64_t width, int64_t valid, int64_t outpu
 
 // A panel of `features` features to y [valid batch rows][features], rows `stride` apart.
 template <typename T, int L>
-void unpack_panel(const T* panel, int64_t width, int64_t valid, int64_t features, int64_t stride, T* y) {
+void unpack_panel(const Sum<T>* panel, int64_t width, int64_t valid, int64_t features, int64_t stride, T* y) {
   int64_t f = 0;
   for (; f + L <= features; f += L) unpack_tile<T, L>(panel + f * width, width, valid, L, stride, y + f);
   for (; f < features; ++f)
-    for (int64_t n = 0; n < valid; ++n) y[n * stride + f] = panel[f * width + n];
+    for (int64_t n = 0; n < valid; ++n) store_narrow<T, 1>(y + n * stride + f, load<Sum<T>, 1>(panel + f * width + n));
 }
 
 // acc[o][b] += w[o * w_out + k * w_in] * panel[k][b], k = 0 .. depth, for B vectors of batch rows.

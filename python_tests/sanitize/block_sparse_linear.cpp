@@ -76,12 +76,28 @@ void run_product(const BlockSparseKernels<T>& kernel, const BlockProduct<T>& p, 
 }
 
 template <typename T>
-Buffer<Sum<T>> panels_of(const BlockSparseKernels<T>& kernel, const Buffer<T>& x, const Shape& s) {
-  auto panels = Buffer<Sum<T>>::unwritten(s.columns() * kernel.panel_size(s.batch, s.block_in));
+Buffer<Sum<T>> panels_of(const BlockSparseKernels<T>& kernel, const T* x, int64_t batch, const Shape& s) {
+  auto panels = Buffer<Sum<T>>::unwritten(s.columns() * kernel.panel_size(batch, s.block_in));
   for (int64_t part = 0; part < 2; ++part)
-    kernel.pack_panels(x.data(), s.batch, s.in_features, s.block_in, {s.batch * part / 2, s.batch * (part + 1) / 2},
-                       panels.data());
+    kernel.pack_panels(x, batch, s.in_features, s.block_in, {batch * part / 2, batch * (part + 1) / 2}, panels.data());
   return panels;
+}
+
+// Two shares of the batch where sums are not rounded, each in two parts of the rows.
+template <typename T>
+void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> sampled, const Buffer<T>& b, const Shape& s) {
+  const int64_t shares = sampled.sums || sizeof(T) == sizeof(Sum<T>) ? 2 : 1;
+  const T* a = sampled.a;
+  for (int64_t share = 0; share < shares; ++share) {
+    const int64_t begin = s.batch * share / shares;
+    sampled.batch = s.batch * (share + 1) / shares - begin;
+    const auto panels = panels_of(kernel, b.data() + begin * s.in_features, sampled.batch, s);
+    sampled.a = a + begin * s.out_features, sampled.b_panels = panels.data(), sampled.add = share > 0;
+    for (int64_t part = 0; part < 2; ++part) {
+      const auto scratch = Buffer<Sum<T>>::unwritten(kernel.sampled_scratch(sampled));
+      kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
+    }
+  }
 }
 
 // Two panels of the batch, each packed and summed in two parts.
@@ -146,14 +162,13 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
   const int64_t size = s.block_out * s.block_in;
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
-  const auto panels = panels_of(kernel, b, s);
   const auto slot = slots_of(pattern.entries(), pattern.entries());
   const auto blocks = Buffer<T>::unwritten(as_sums ? 0 : pattern.entries() * size);
   const auto sums = Buffer<Sum<T>>::unwritten(as_sums ? pattern.entries() * size : 0);
   const auto at = [&](int64_t e) { return as_sums ? e : int64_t(slot[e]); };
   const SampledBlocks<T> sampled = {
       .a = a.data(),
-      .b_panels = panels.data(),
+      .b_panels = nullptr,
       .blocks = blocks.data(),
       .sums = as_sums ? sums.data() : nullptr,
       .slot = slot.data(),
@@ -164,13 +179,12 @@ void check_sampled(const BlockSparseKernels<T>& kernel, const Shape& s, const Pa
       .out_features = s.out_features,
       .block_out = s.block_out,
       .block_in = s.block_in,
+      .add = false,
   };
-  const bool by_lanes = kernel.sampled_uses_lanes(sampled);
-  if (by_lanes) run_sampled_by_lanes(kernel, sampled, b, s.rows());
-  for (int64_t part = 0; part < 2 && !by_lanes; ++part) {
-    const auto scratch = Buffer<Sum<T>>::unwritten(kernel.sampled_scratch(sampled));
-    kernel.sampled(sampled, {s.rows() * part / 2, s.rows() * (part + 1) / 2}, scratch.data());
-  }
+  if (kernel.sampled_uses_lanes(sampled))
+    run_sampled_by_lanes(kernel, sampled, b, s.rows());
+  else
+    run_sampled(kernel, sampled, b, s);
   std::vector<double> exact(pattern.entries() * size);
   for (int64_t row = 0; row < s.rows(); ++row)
     for (int64_t e = pattern.ptr[row]; e < pattern.ptr[row + 1]; ++e)

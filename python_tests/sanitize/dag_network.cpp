@@ -1,6 +1,7 @@
-// dag_network's tables: forward, backward and the sum of its parts, against plain loops over nodes.
+// dag_network's schedules and tables: forward, backward and the sum of its parts, against plain loops over nodes.
 #include <algorithm>
 
+#include "../../csrc/cpu/dag_network/schedule.h"
 #include "harness.h"
 
 namespace {
@@ -106,31 +107,51 @@ double slope(double z, Activation activation) {
   return share * (1 + z * (1 - share));
 }
 
-// Forward and backward of one batch row, in double.
+// z and h of one batch row, in double.
+template <typename T>
+void exact_forward(const Network<T>& net, const T* x, std::vector<double>& z, std::vector<double>& h) {
+  const auto value = [](T number) { return sanitize::Number<T>::value(number); };
+  z.resize(net.columns), h.resize(net.columns);
+  std::transform(x, x + net.in_features, h.begin(), value);
+  for (int64_t i = 0; i < 4; ++i) {
+    const int32_t* node = &net.nodes[4 * i];
+    const Kind& kind = net.kinds[node[0]];
+    for (int64_t o = 0; o < kind.out; ++o) {
+      double sum = net.shape.biases ? value(net.biases[node[0]][o]) : 0;
+      for (int32_t e = net.edge_ptr[i]; e < net.edge_ptr[i + 1]; ++e)
+        for (int32_t k = 0; k < net.edges[3 * e + 1]; ++k)
+          sum += value(net.weights[node[0]][o * kind.fan_in + net.edges[3 * e + 2] + k]) * h[net.edges[3 * e] + k];
+      z[node[2] + o] = sum;
+      h[node[2] + o] = kind.linear ? sum : act(sum, net.shape.activation);
+    }
+  }
+}
+
+// A gradient, 0 for batch rows where some relu is so near its kink that rounding decides the derivative.
+template <typename T>
+Buffer<T> random_gradient(const Network<T>& net, const Buffer<T>& x, std::mt19937& generator) {
+  auto grad = Buffer<T>::random(net.shape.batch * 3, generator);
+  std::vector<double> z, h;
+  for (int64_t n = 0; n < net.shape.batch && net.shape.activation == Activation::relu; ++n) {
+    exact_forward(net, x.data() + n * net.in_features, z, h);
+    const bool near = std::any_of(z.begin() + net.in_features, z.end() - 3, [](double v) { return fabs(v) < 1e-5; });
+    if (near) std::fill_n(grad.data() + 3 * n, 3, sanitize::Number<T>::from(0));
+  }
+  return grad;
+}
+
+// Forward and backward of all batch rows, in double.
 struct Exact {
-  std::vector<double> h, grad_h;
   std::vector<std::vector<double>> grad_weights, grad_biases;
 };
 
 template <typename T>
 void add_exact(const Network<T>& net, const T* x, const T* grad, Exact& exact, double* y, double* grad_x) {
-  const bool biased = net.shape.biases;
-  std::vector<double> h(net.columns), z(net.columns), g(net.columns);
-  std::copy(x, x + net.in_features, h.begin());
-  for (int64_t i = 0; i < 4; ++i) {
-    const int32_t* node = &net.nodes[4 * i];
-    const Kind& kind = net.kinds[node[0]];
-    for (int64_t o = 0; o < kind.out; ++o) {
-      double sum = biased ? net.biases[node[0]][o] : 0;
-      for (int32_t e = net.edge_ptr[i]; e < net.edge_ptr[i + 1]; ++e)
-        for (int32_t k = 0; k < net.edges[3 * e + 1]; ++k)
-          sum += net.weights[node[0]][o * kind.fan_in + net.edges[3 * e + 2] + k] * h[net.edges[3 * e] + k];
-      z[node[2] + o] = sum;
-      h[node[2] + o] = kind.linear ? sum : act(sum, net.shape.activation);
-    }
-  }
+  const auto value = [](T number) { return sanitize::Number<T>::value(number); };
+  std::vector<double> h, z, g(net.columns);
+  exact_forward(net, x, z, h);
   std::copy(h.end() - 3, h.end(), y);
-  std::copy(grad, grad + 3, g.end() - 3);
+  std::transform(grad, grad + 3, g.end() - 3, value);
   for (int64_t i = 3; i >= 0; --i) {
     const int32_t* node = &net.nodes[4 * i];
     const Kind& kind = net.kinds[node[0]];
@@ -142,62 +163,76 @@ void add_exact(const Network<T>& net, const T* x, const T* grad, Exact& exact, d
         for (int32_t k = 0; k < net.edges[3 * e + 1]; ++k) {
           const int64_t at = o * kind.fan_in + net.edges[3 * e + 2] + k;
           exact.grad_weights[node[0]][at] += d * h[net.edges[3 * e] + k];
-          g[net.edges[3 * e] + k] += d * net.weights[node[0]][at];
+          g[net.edges[3 * e] + k] += d * value(net.weights[node[0]][at]);
         }
     }
   }
   std::copy(g.begin(), g.begin() + net.in_features, grad_x);
 }
 
+// In two parts, as threads do it.
+template <typename T>
+Buffer<Sum<T>> widened(const DagKernels<T>& kernel, const Buffer<T>& from) {
+  auto to = Buffer<Sum<T>>::unwritten(from.size());
+  kernel.widen(from.data(), {0, from.size() / 2}, to.data());
+  kernel.widen(from.data(), {from.size() / 2, from.size()}, to.data());
+  return to;
+}
+
 template <typename T>
 void check_network(const DagKernels<T>& kernel, const Shape& s, int64_t vectors, std::mt19937& generator) {
+  using S = Sum<T>;
   const Network<T> net(s, generator);
   const int64_t rows = vectors * kernel.lanes, parts = s.batch > rows ? 2 : 1;
   const auto x = Buffer<T>::random(s.batch * net.in_features, generator);
-  const auto grad = Buffer<T>::random(s.batch * 3, generator);
+  const auto grad = random_gradient(net, x, generator);
   const auto y = Buffer<T>::unwritten(s.batch * 3), grad_x = Buffer<T>::unwritten(s.batch * net.in_features);
+  std::vector<Buffer<S>> weights, biases;
   std::vector<Buffer<T>> weight_gradients, bias_gradients;
-  std::vector<DagKind<T>> kinds;
+  std::vector<DagKind<S>> kinds;
   int64_t size = 0;
   for (size_t k = 0; k < net.kinds.size(); ++k) {
     const Kind& kind = net.kinds[k];
+    weights.push_back(widened(kernel, net.weights[k])), biases.push_back(widened(kernel, net.biases[k]));
     weight_gradients.push_back(Buffer<T>::unwritten(net.weights[k].size()));
     bias_gradients.push_back(Buffer<T>::unwritten(net.biases[k].size()));
-    kinds.push_back({net.weights[k].data(), s.biases ? net.biases[k].data() : nullptr, weight_gradients[k].data(),
-                     s.biases ? bias_gradients[k].data() : nullptr, kind.weights, kind.out, kind.fan_in, size,
-                     kind.linear});
+    kinds.push_back({weights[k].data(), s.biases ? biases[k].data() : nullptr, kind.weights, kind.out, kind.fan_in,
+                     size, kind.linear});
     size += kind.weights * (kind.fan_in + 1) * kernel.gradient_width(kind.out);
   }
-  DagNetwork<T> dag = {x.data(),
-                       y.data(),
-                       nullptr,
-                       nullptr,
-                       kinds.data(),
-                       net.nodes.data(),
-                       net.edge_ptr.data(),
-                       net.edges.data(),
-                       net.child_ptr.data(),
-                       net.children.data(),
+  const DagGraph index = {net.nodes.data(), net.edge_ptr.data(), net.edges.data(),     4,
+                          net.in_features,  net.columns,         {s.width, s.width, 3}};
+  const Schedule once = schedule(index, false);
+  const Schedule both = schedule_of_backward(index, s.sources, net.child_ptr.data(), net.children.data());
+  const auto graph = [&](const Schedule& plan) {
+    return DagNodes<S>{kinds.data(),
+                       plan.nodes.data(),
+                       plan.edge_ptr.data(),
+                       plan.edges.data(),
+                       plan.child_ptr.data(),
+                       plan.children.data(),
                        s.sources,
                        4,
                        net.in_features,
                        3,
                        s.activation};
+  };
   const bool slopes = s.activation == Activation::gelu || s.activation == Activation::silu;
-  Buffer<T> sums(parts * size);
-  std::fill(sums.data(), sums.data() + sums.size(), T(0));
+  Buffer<S> sums(parts * size);
+  std::fill(sums.data(), sums.data() + sums.size(), S(0));
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t half = (s.batch / 2 + rows - 1) / rows * rows;
     const Range mine = parts == 1 ? Range{0, s.batch} : part == 0 ? Range{0, half} : Range{half, s.batch};
-    const auto values = Buffer<T>::unwritten(net.columns * rows);
-    dag.y = y.data(), dag.grad = nullptr, dag.grad_x = nullptr;
-    kernel.forward(dag, mine, rows, values.data());
-    const auto again = Buffer<T>::unwritten(net.columns * rows);
-    const auto derivative = Buffer<T>::unwritten(slopes ? net.columns * rows : 0);
-    dag.y = nullptr, dag.grad = grad.data(), dag.grad_x = grad_x.data();
-    kernel.backward(dag, mine, rows, again.data(), slopes ? derivative.data() : nullptr, sums.data() + part * size);
+    const auto values = Buffer<S>::unwritten(once.columns * rows);
+    kernel.forward({x.data(), y.data(), nullptr, nullptr, graph(once)}, mine, rows, values.data());
+    const auto again = Buffer<S>::unwritten(net.columns * rows);
+    const auto derivative = Buffer<S>::unwritten(slopes ? net.columns * rows : 0);
+    kernel.backward({x.data(), nullptr, grad.data(), grad_x.data(), graph(both)}, mine, rows, again.data(),
+                    slopes ? derivative.data() : nullptr, sums.data() + part * size);
   }
-  for (const DagKind<T>& kind : kinds) kernel.reduce(kind, sums.data(), size, parts, {0, kind.num_weights});
+  for (size_t k = 0; k < kinds.size(); ++k)
+    kernel.reduce(kinds[k], sums.data(), size, parts, {0, kinds[k].num_weights},
+                  {weight_gradients[k].data(), s.biases ? bias_gradients[k].data() : nullptr});
 
   Exact exact;
   for (size_t k = 0; k < net.kinds.size(); ++k) {
@@ -230,6 +265,8 @@ std::function<void()> check(const DagTable& table) {
   return [&table] {
     check_kernels(table.f32);
     check_kernels(table.f64);
+    check_kernels(table.bf16);
+    check_kernels(table.f16);
   };
 }
 

@@ -83,7 +83,7 @@ struct Number<compsparse::Float16> {
     if (isnan(x)) return {0x7e00};
     int exponent;
     const double fraction = frexp(fabs(x), &exponent);  // in 0.5 .. 1
-    const bool normal = exponent >= -13;
+    const bool normal = x != 0 && exponent >= -13;
     const int size = normal ? (exponent + 14) * 1024 + int(ldexp(fraction, 11)) - 1024 : int(ldexp(fabs(x), 24));
     return {uint16_t(size | (signbit(x) ? 0x8000 : 0))};
   }

@@ -43,8 +43,9 @@ def dag_network(
     in a CUDA graph.
 
     Args:
-        x: ``[..., in_features]``, the channels of the sources, one source after another; float32 or float64, on a GPU
-            also float16 and bfloat16.
+        x: ``[..., in_features]``, the channels of the sources, one source after another; float32, float64, float16 or
+            bfloat16. On the CPU half precision is widened to float32 where it comes in, and all between is float32:
+            only results are rounded, once. (On a GPU, and in the reference, channels of each node are.)
         weights: of each kind of node (``layout.kinds``) the weights ``[num_weights, out, fan_in]``, dtype of ``x``.
         layout: which node reads what with which weight.
         biases: of each kind ``[num_weights, out]``, or None for no biases.
@@ -56,7 +57,7 @@ def dag_network(
         ``[..., out_features]``, the channels of the sinks. Gradients reach ``x``, ``weights`` and ``biases``; higher
         derivatives too, through the reference, which keeps every activation.
 
-    Under autocast the output has autocast's dtype; on the CPU it is computed in float32.
+    Under autocast it takes x, weights and biases in autocast's dtype, as ``nn.Linear`` does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../partition.h"
@@ -132,23 +133,41 @@ void run_sampled_by_lanes(const BlockSparseKernels<T>& kernel, const SampledBloc
   }
 }
 
+// Shares of the batch, such that the packed columns of one stay in cache over all entries; one where sums are rounded.
+template <typename T>
+int64_t panels_of_batch(const SampledBlocks<T>& s) {
+  constexpr int64_t rows_of_a_panel = 256;
+  const bool adds = s.sums || std::is_same_v<T, Sum<T>>;
+  return adds ? std::max<int64_t>(s.batch / rows_of_a_panel, 1) : 1;
+}
+
 template <typename T>
 void run_sampled(const BlockSparseKernels<T>& kernel, SampledBlocks<T> s, const T* b, int64_t rows) {
   const int64_t work = s.batch * s.ptr[rows] * s.block_in * s.block_out;
   const int64_t parts = parts_for(work);
   if (kernel.sampled_uses_lanes(s)) return run_sampled_by_lanes(kernel, s, b, rows, parts);
   const int64_t columns = (s.in_features + s.block_in - 1) / s.block_in;
-  const auto panels = make_scratch<Sum<T>>(columns * kernel.panel_size(s.batch, s.block_in));
-  s.b_panels = panels.get();
-  for_each_part(parts, [&](int64_t part) {
-    kernel.pack_panels(b, s.batch, s.in_features, s.block_in, equal_share(s.batch, part, parts), panels.get());
-  });
-  for_each_entry_share(s.ptr, rows, parts, [&](const int64_t* ptr, Range some_rows) {
-    SampledBlocks<T> share = s;
-    share.ptr = ptr;
-    const auto scratch = make_scratch<Sum<T>>(kernel.sampled_scratch(share));
-    kernel.sampled(share, some_rows, scratch.get());
-  });
+  const int64_t panels = panels_of_batch(s), longest = (s.batch + panels - 1) / panels;
+  const auto packed = make_scratch<Sum<T>>(columns * kernel.panel_size(longest, s.block_in));
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const auto [begin, end] = equal_share(s.batch, panel, panels);
+    SampledBlocks<T> mine = s;
+    mine.a += begin * s.out_features;
+    mine.b_panels = packed.get();
+    mine.batch = end - begin;
+    mine.add = panel > 0;
+    const T* from = b + begin * s.in_features;
+    for_each_part(parts, [&](int64_t part) {
+      const Range share = equal_share(mine.batch, part, parts);
+      kernel.pack_panels(from, mine.batch, s.in_features, s.block_in, share, packed.get());
+    });
+    for_each_entry_share(s.ptr, rows, parts, [&](const int64_t* ptr, Range some_rows) {
+      SampledBlocks<T> share = mine;
+      share.ptr = ptr;
+      const auto scratch = make_scratch<Sum<T>>(kernel.sampled_scratch(share));
+      kernel.sampled(share, some_rows, scratch.get());
+    });
+  }
 }
 
 Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const Tensor& idx, const Tensor& slot,
@@ -174,6 +193,7 @@ Tensor sampled_block_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr,
         .out_features = a.size(1),
         .block_out = block_out,
         .block_in = block_in,
+        .add = false,
     };
     run_sampled(kernel, s, static_cast<const T*>(right.data_ptr()), ptr.size(0) - 1);
     if (shared) reduce_entries(sums.get(), slots, num_entries, num_slots, size, blocks);

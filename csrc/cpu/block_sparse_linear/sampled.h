@@ -30,7 +30,8 @@ void pack_panels(const T* b, int64_t batch, int64_t in_features, int64_t block_i
                                          panels);
 }
 
-// Block rows [o, o + M), inputs [panel, panel + R L) of one entry, summed over the batch. `Out` is T, or its sums.
+// Block rows [o, o + M), inputs [panel, panel + R L) of one entry, summed over the batch. `Out` is T, or its sums, to
+// which a later share of the batch is added.
 template <class Target, int L, int R, int M, typename T, typename Out>
 void sampled_tile(const SampledBlocks<T>& s, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t width, int64_t o,
                   int64_t panel, Out* entry) {
@@ -50,10 +51,13 @@ void sampled_tile(const SampledBlocks<T>& s, const Sum<T>* a_panel, const Sum<T>
     const int64_t lanes = min64(L, s.block_in - panel - r * L);
     COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
       Out* out = entry + (o + m) * s.block_in + panel + r * L;
-      if (lanes == L)
+      if (lanes == L) {
+        if (s.add) acc[m][r] += load_wide<Out, L>(out);
         store_narrow<Out, L>(out, acc[m][r]);
-      else
+      } else {
+        if (s.add) acc[m][r] += load_wide_partial<Out, L>(out, lanes);
         store_narrow_partial<Out, L>(out, acc[m][r], lanes);
+      }
     }
   }
 }

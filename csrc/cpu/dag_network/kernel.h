@@ -6,6 +6,8 @@
 //            registers, and takes the place of its activation, which nobody needs any more; weight gradients are summed
 //            over the tile in registers, and over tiles in a buffer.
 //
+// Half precision is widened where it enters a tile, and rounded where results leave it; between them all is float.
+//
 // Lanes are independent, and tiles are added in a fixed order, so results do not depend on the number of threads.
 #pragma once
 
@@ -34,7 +36,7 @@ struct Target {
 template <typename T, int L, int B>
 struct Tile {
   static constexpr int64_t Rows = B * L;
-  const DagNetwork<T>& net;
+  const DagNodes<T>& net;
   T* values;      // [columns][Rows]
   T* slopes;      // [columns][Rows]: the activation's derivative, or null where nobody asks for it
   int64_t valid;  // batch rows that exist
@@ -76,8 +78,7 @@ void node_forward(const Tile<T, L, B>& t, int64_t i, int64_t o, int64_t out, boo
 }
 
 template <typename T, int L, int B, class Target>
-void tile_forward(const Tile<T, L, B>& t) {
-  const bool for_backward = t.net.grad != nullptr;
+void tile_forward(const Tile<T, L, B>& t, bool for_backward) {
   for (int64_t i = 0; i < t.net.num_nodes; ++i) {
     if (for_backward && t.node(i)[3] >= 0) continue;  // nobody reads a sink
     const DagKind<T>& kind = t.kind(t.node(i));
@@ -197,24 +198,25 @@ void weight_gradients(const Tile& t, int64_t i) {
   if (o < kind.out) weight_panel<T, L, 1>(t, i, o, kind.out - o, sums, stride);
 }
 
+// grad [valid, out_features]
 template <typename T, int L, int B, class Target>
-void tile_backward(const Tile<T, L, B>& t, const T* grad) {
+void tile_backward(const Tile<Sum<T>, L, B>& t, const T* grad, bool wants_x) {
   constexpr int O = Target::template outputs<B>();
-  const DagNetwork<T>& net = t.net;
+  const DagNodes<Sum<T>>& net = t.net;
   for (int64_t i = net.num_nodes - 1; i >= 0; --i) {
     const int32_t* node = t.node(i);
-    const DagKind<T>& kind = t.kind(node);
+    const DagKind<Sum<T>>& kind = t.kind(node);
     if (node[3] >= 0)  // a sink: nobody reads it
       pack_panel<T, L>(grad + node[3], net.out_features, t.valid, kind.out, t.Rows, t.column(node[2]));
     else
-      vertex_backward<T, L, B, O>(t, net.num_sources + i, node[2], 0, kind.out,
-                                  kind.linear ? Activation::none : net.activation);
-    if (t.sums) weight_gradients<T, L, Target>(t, i);
+      vertex_backward<Sum<T>, L, B, O>(t, net.num_sources + i, node[2], 0, kind.out,
+                                       kind.linear ? Activation::none : net.activation);
+    if (t.sums) weight_gradients<Sum<T>, L, Target>(t, i);
   }
-  if (!net.grad_x) return;
+  if (!wants_x) return;
   const int64_t channels = net.in_features / net.num_sources;
   for (int64_t s = 0; s < net.num_sources; ++s)
-    vertex_backward<T, L, B, O>(t, s, s * channels, 0, channels, Activation::none);
+    vertex_backward<Sum<T>, L, B, O>(t, s, s * channels, 0, channels, Activation::none);
 }
 
 // Calls the body made for tiles of this many vectors.
@@ -227,65 +229,78 @@ COMPSPARSE_INLINE void with_vectors(int64_t vectors, const Visit& visit) {
 }
 
 template <typename T, class Target>
-void forward(const DagNetwork<T>& net, Range batch, int64_t rows, T* values) {
+void forward(const DagNetwork<T>& net, Range batch, int64_t rows, Sum<T>* values) {
   constexpr int L = Target::Lanes;
+  const int64_t in_features = net.graph.in_features, out_features = net.graph.out_features;
   with_vectors<Target::MaxVectors>(rows / L, [&]<int B>() {
     for (int64_t n = batch.begin; n < batch.end; n += rows) {
-      const Tile<T, L, B> t = {net, values, nullptr, min64(rows, batch.end - n), nullptr};
-      pack_panel<T, L>(net.x + n * net.in_features, net.in_features, t.valid, net.in_features, rows, values);
-      tile_forward<T, L, B, Target>(t);
-      for (int64_t i = 0; i < net.num_nodes; ++i) {
+      const Tile<Sum<T>, L, B> t = {net.graph, values, nullptr, min64(rows, batch.end - n), nullptr};
+      pack_panel<T, L>(net.x + n * in_features, in_features, t.valid, in_features, rows, values);
+      tile_forward<Sum<T>, L, B, Target>(t, false);
+      for (int64_t i = 0; i < t.net.num_nodes; ++i) {
         const int32_t* node = t.node(i);
         if (node[3] >= 0)
-          unpack_panel<T, L>(t.column(node[2]), rows, t.valid, t.kind(node).out, net.out_features,
-                             net.y + n * net.out_features + node[3]);
+          unpack_panel<T, L>(t.column(node[2]), rows, t.valid, t.kind(node).out, out_features,
+                             net.y + n * out_features + node[3]);
       }
     }
   });
 }
 
 template <typename T, class Target>
-void backward(const DagNetwork<T>& net, Range batch, int64_t rows, T* values, T* slopes, T* sums) {
+void backward(const DagNetwork<T>& net, Range batch, int64_t rows, Sum<T>* values, Sum<T>* slopes, Sum<T>* sums) {
   constexpr int L = Target::Lanes;
+  const int64_t in_features = net.graph.in_features;
   with_vectors<Target::MaxVectors>(rows / L, [&]<int B>() {
     for (int64_t n = batch.begin; n < batch.end; n += rows) {
-      const Tile<T, L, B> t = {net, values, slopes, min64(rows, batch.end - n), sums};
-      pack_panel<T, L>(net.x + n * net.in_features, net.in_features, t.valid, net.in_features, rows, values);
-      tile_forward<T, L, B, Target>(t);
-      tile_backward<T, L, B, Target>(t, net.grad + n * net.out_features);
-      if (net.grad_x)
-        unpack_panel<T, L>(values, rows, t.valid, net.in_features, net.in_features, net.grad_x + n * net.in_features);
+      const Tile<Sum<T>, L, B> t = {net.graph, values, slopes, min64(rows, batch.end - n), sums};
+      pack_panel<T, L>(net.x + n * in_features, in_features, t.valid, in_features, rows, values);
+      tile_forward<Sum<T>, L, B, Target>(t, true);
+      tile_backward<T, L, B, Target>(t, net.grad + n * net.graph.out_features, net.grad_x != nullptr);
+      if (net.grad_x) unpack_panel<T, L>(values, rows, t.valid, in_features, in_features, net.grad_x + n * in_features);
     }
   });
 }
 
 template <typename T, int L, class Target>
-void reduce_with_lanes(const DagKind<T>& kind, T* sums, int64_t stride, int64_t parts, Range weights) {
+void reduce_with_lanes(const DagKind<Sum<T>>& kind, Sum<T>* sums, int64_t stride, int64_t parts, Range weights,
+                       const DagGradients<T>& gradients) {
+  using S = Sum<T>;
   if constexpr (L > Target::MinLanes) {
-    if (kind.out <= L / 2) return reduce_with_lanes<T, L / 2, Target>(kind, sums, stride, parts, weights);
+    if (kind.out <= L / 2) return reduce_with_lanes<T, L / 2, Target>(kind, sums, stride, parts, weights, gradients);
   }
   const int64_t width = round_up(kind.out, L), size = (kind.fan_in + 1) * width;
   for (int64_t w = weights.begin; w < weights.end; ++w) {
-    T* total = sums + kind.gradient_offset + w * size;
+    S* total = sums + kind.gradient_offset + w * size;
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = 0; i < size; i += L)
-        store<T, L>(total + i, load<T, L>(total + i) + load<T, L>(total + part * stride + i));
-    T* gradients = kind.weight_gradients + w * kind.out * kind.fan_in;
-    unpack_panel<T, L>(total, width, kind.out, kind.fan_in, kind.fan_in, gradients);
-    if (!kind.bias_gradients) continue;
-    for (int64_t o = 0; o < kind.out; ++o) kind.bias_gradients[w * kind.out + o] = total[kind.fan_in * width + o];
+        store<S, L>(total + i, load<S, L>(total + i) + load<S, L>(total + part * stride + i));
+    unpack_panel<T, L>(total, width, kind.out, kind.fan_in, kind.fan_in,
+                       gradients.weights + w * kind.out * kind.fan_in);
+    if (gradients.biases)
+      unpack_panel<T, L>(total + kind.fan_in * width, width, kind.out, 1, 1, gradients.biases + w * kind.out);
   }
 }
 
 template <typename T, class Target>
-void reduce(const DagKind<T>& kind, T* sums, int64_t stride, int64_t parts, Range weights) {
-  reduce_with_lanes<T, Target::Lanes, Target>(kind, sums, stride, parts, weights);
+void reduce(const DagKind<Sum<T>>& kind, Sum<T>* sums, int64_t stride, int64_t parts, Range weights,
+            const DagGradients<T>& gradients) {
+  reduce_with_lanes<T, Target::Lanes, Target>(kind, sums, stride, parts, weights, gradients);
+}
+
+template <typename T, class Target>
+void widen_all(const T* from, Range elements, Sum<T>* to) {
+  constexpr int L = Target::Lanes;
+  int64_t i = elements.begin;
+  for (; i + L <= elements.end; i += L) store<Sum<T>, L>(to + i, load_wide<T, L>(from + i));
+  for (; i < elements.end; ++i) store<Sum<T>, 1>(to + i, load_wide<T, 1>(from + i));
 }
 
 template <typename T, class Target>
 constexpr DagKernels<T> dag_kernels() {
-  return {Target::Lanes,      Target::MaxVectors,  gradient_width<T, Target>,
-          forward<T, Target>, backward<T, Target>, reduce<T, Target>};
+  return {Target::Lanes,        Target::MaxVectors, gradient_width<Sum<T>, Target>,
+          widen_all<T, Target>, forward<T, Target>, backward<T, Target>,
+          reduce<T, Target>};
 }
 
 }  // namespace
