@@ -54,6 +54,13 @@ def test_shapes_and_kinds(shape, density, transposed, kind, dtype):
     assert_right(layout.T if transposed else layout, 7, dtype)
 
 
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_batch_of_one_and_many_outputs(dtype, density):
+    """Its outputs are rounded some together; its entries are read 16, 4 or one at a time."""
+    assert_right(make_layout(150, 70, density), 1, dtype)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(kind):
     layout = make_layout(24, 32, kind=kind)
@@ -274,7 +281,7 @@ def test_every_instruction_set(isa):
     code = (
         "import sys, pytest, compsparse_kernels.ops as ops\n"
         f"assert ops.cpu_isa() == {isa!r}\n"
-        "tests = 'test_batches or test_memory or test_every_output or survivors or wide or bitwise'\n"
+        "tests = 'test_batch or test_memory or test_every_output or survivors or wide or bitwise'\n"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
     )
     run_in_subprocess(code, isa=isa)

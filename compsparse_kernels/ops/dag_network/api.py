@@ -44,8 +44,8 @@ def dag_network(
 
     Args:
         x: ``[..., in_features]``, the channels of the sources, one source after another; float32, float64, float16 or
-            bfloat16. On the CPU half precision is widened to float32 where it comes in, and all between is float32:
-            only results are rounded, once. (On a GPU, and in the reference, channels of each node are.)
+            bfloat16. On the CPU half precision is widened to float32 where it comes in, and only results are rounded,
+            once; on a GPU, and in the reference, the channels of each node are rounded too.
         weights: of each kind of node (``layout.kinds``) the weights ``[num_weights, out, fan_in]``, dtype of ``x``.
         layout: which node reads what with which weight.
         biases: of each kind ``[num_weights, out]``, or None for no biases.
