@@ -20,7 +20,6 @@ from compsparse_kernels.ops import triton_launch
 from compsparse_kernels.ops.triton_launch import (
     CONFIGS,
     ENOUGH_PROGRAMS,
-    LARGEST_EXACT_TILE,
     LEAST_TILE,
     Launch,
     Tile,
@@ -63,7 +62,7 @@ def nm_sampled(a, b, positions, n, m):
 def product_launch(x, values, bias, positions, m, transposed, y) -> Launch:
     """How ``y = x W^T + b``, or ``y = x W + b`` where ``transposed``, is launched."""
     batch, step = x.shape[0], step_of(x.dtype)
-    tile_batch = min(LARGEST_EXACT_TILE if dot_precision(x.dtype) == "ieee" else LARGEST_SIDE, padded(batch))
+    tile_batch = min(LARGEST_SIDE, padded(batch))
     side = LARGEST_SIDE  # of the tile along a row of y
     while triton.cdiv(batch, tile_batch) * triton.cdiv(y.shape[1], side) < ENOUGH_PROGRAMS:
         if tile_batch > LEAST_TILE:
@@ -238,7 +237,7 @@ def columns_of(group, M: tl.constexpr, TILE_M: tl.constexpr, GROUPS: tl.constexp
 
 @tuned(
     CONFIGS,
-    ["N", "M", "TILE_BATCH", "TILE_OUT", "EVEN", "TRANSPOSED", "PRECISION", "in_features", "out_features"],
+    ["N", "M", "GROUPS", "TILE_BATCH", "TILE_OUT", "EVEN", "TRANSPOSED", "PRECISION", "in_features", "out_features"],
     suitable,
 )
 @triton.jit
