@@ -11,6 +11,7 @@ from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.ops.masked_linear import reference
 from compsparse_kernels.testing import (
     DTYPES,
+    HALVES,
     ISAS,
     MEMORY_FORMS,
     THREADS,
@@ -309,14 +310,27 @@ def test_compile(transposed, missing):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_is_float32_rounded_once(dtype):
+    layout = make_layout(20, 24, (2, 4))
+    halves = [tensor.to(dtype).requires_grad_() for tensor in make_inputs(layout)[:3]]
+    wide = [tensor.detach().float().requires_grad_() for tensor in halves]
+    y, exact = masked_linear(*halves[:2], layout, halves[2]), masked_linear(*wide[:2], layout, wide[2])
+    assert y.dtype == dtype and torch.equal(y, exact.to(dtype))
+    y.sum().backward()
+    exact.sum().backward()
+    assert all(torch.equal(half.grad, full.grad.to(dtype)) for half, full in zip(halves, wide, strict=True))
+    sampled = sampled_matmul(y.detach(), halves[0].detach(), layout)
+    assert torch.equal(sampled, sampled_matmul(y.detach().float(), wide[0].detach(), layout).to(dtype))
+
+
 def test_autocast():
     layout = make_layout(20, 24, (2, 4))
     x, values, bias, _ = make_inputs(layout)
     with torch.autocast("cpu", torch.bfloat16):
-        y = masked_linear(x.bfloat16(), values.requires_grad_(), layout, bias)
+        y = masked_linear(x, values.requires_grad_(), layout, bias)
     assert y.dtype == torch.bfloat16
-    exact = masked_linear(x.bfloat16().float(), values, layout, bias)
-    assert torch.equal(y, exact.bfloat16())
+    assert torch.equal(y, masked_linear(x.bfloat16(), values.bfloat16(), layout, bias.bfloat16()))
     y.sum().backward()
     assert values.grad.dtype == torch.float32
 
@@ -387,9 +401,9 @@ ERRORS = {
         "x: expected tensor [..., 6], got 2-D float32 tensor [3, 5]",
     ),
     "x dtype": (
-        lambda: masked_linear(X.half(), VALUES.half(), LAYOUT),
+        lambda: masked_linear(X.int(), VALUES.int(), LAYOUT),
         TypeError,
-        "x: expected float32 or float64, got 2-D float16 tensor [3, 6]",
+        "x: expected float32, float64, float16 or bfloat16, got 2-D int32 tensor [3, 6]",
     ),
     "values shape": (
         lambda: masked_linear(X, VALUES[1:], LAYOUT),

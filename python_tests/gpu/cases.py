@@ -63,6 +63,7 @@ class Case:
     index_loads = INDEX_LOADS
     inner_loop = True
     least_occupancy = 0.0
+    least_useful = 0.95
 
     @property
     def op(self) -> str:

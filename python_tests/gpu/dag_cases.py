@@ -33,6 +33,7 @@ class DagCase:
     index_loads = None  # one for each row that is copied
     inner_loop = True
     least_occupancy = 0.0
+    least_useful = 0.95
 
     @property
     def op(self) -> str:

@@ -32,6 +32,9 @@ class NMCase:
     num_stages: int
     target: str
     index_loads = INDEX_LOADS
+    inner_loop = True
+    least_occupancy = 0.0
+    least_useful = 0.75  # a step reads a few bytes of a row's positions, of a sector of 32
 
     @property
     def op(self) -> str:

@@ -33,6 +33,7 @@ class ProximalCase:
     async_copies = False
     index_loads = None
     least_occupancy = 0.375
+    least_useful = 0.95
 
     @property
     def op(self) -> str:

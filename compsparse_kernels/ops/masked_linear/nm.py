@@ -6,7 +6,7 @@ import torch
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.ops.arguments import autocasts, refuse_forward_mode
-from compsparse_kernels.ops.backends import check_backend, dtypes_on
+from compsparse_kernels.ops.backends import check_backend
 from compsparse_kernels.ops.linear_arguments import (
     check_pair,
     check_product,
@@ -20,7 +20,7 @@ from compsparse_kernels.ops.masked_linear.masking import masked_gradient, masked
 _product = torch.ops.compsparse.nm_linear.default
 _transposed_product = torch.ops.compsparse.nm_linear_transposed.default
 _sampled = torch.ops.compsparse.nm_sampled.default
-_CPU_DTYPES = dtypes_on("cpu", "nm_linear")
+_KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
 class _Pattern(NamedTuple):
@@ -35,7 +35,7 @@ class _Pattern(NamedTuple):
 def linear(x, values, layout, bias, backend):
     """:func:`masked_linear` of a layout of kind nm."""
     slots = layout.nm
-    if not (backend is None and is_usual_product(x, values, bias, layout, slots.positions, _CPU_DTYPES)):
+    if not (backend is None and is_usual_product(x, values, bias, layout, slots.positions, _KERNEL_DTYPES)):
         if autocasts(x):
             return product_under_autocast(
                 "nm_linear", lambda x, values, bias: linear(x, values, layout, bias, backend), *(x, values, bias)
@@ -45,6 +45,9 @@ def linear(x, values, layout, bias, backend):
             check_backend(backend, "nm_linear", x)
         if backend != "reference":
             refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
+            if _is_widened(x):
+                wide = [None if tensor is None else tensor.float() for tensor in (x, values, bias)]
+                return linear(*wide[:2], layout, wide[2], backend).to(x.dtype)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     pattern = _Pattern(slots.positions, slots.n, slots.m, slots.in_features)
     run = _reference if backend == "reference" else _linear
@@ -55,12 +58,19 @@ def linear(x, values, layout, bias, backend):
 def sampled(a, b, layout):
     """:func:`sampled_matmul` of a layout of kind nm."""
     slots = layout.nm
-    if not is_usual_pair(a, b, layout, slots.positions, _CPU_DTYPES):
+    if not is_usual_pair(a, b, layout, slots.positions, _KERNEL_DTYPES):
         check_pair("nm_sampled", a, b, layout, MaskLayout)
         refuse_forward_mode(("a", a), ("b", b))
+        if _is_widened(a):
+            return sampled(a.float(), b.float(), layout).to(a.dtype)
     pair = (b, a) if layout.transposed else (a, b)
     grad = _sampled_values(*pair, _Pattern(slots.positions, slots.n, slots.m, slots.in_features))
     return masked_gradient(grad, layout.mask)
+
+
+def _is_widened(tensor) -> bool:
+    """Half precision on the CPU is computed in float32, from copies, and rounded once."""
+    return tensor.is_cpu and tensor.dtype not in _KERNEL_DTYPES
 
 
 def _reference(x, values, bias, pattern, transposed):

@@ -34,10 +34,17 @@ constexpr int product_rows_per_tile(int vectors) {
   return vectors == 1 ? Target::NarrowRows : 6;
 }
 
-// acc[m][r] += x[m * x_stride + k] * w[k * w_stride + r * L ...], k = 0 .. depth
+// Where a multiplication and an addition are two roundings, sums of so many products are added up at the end: as much
+// error as with fused ones.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kChain = 0;
+#else
+constexpr int64_t kChain = 16;
+#endif
+
 template <class Target, int L, int R, int M, typename S>
-COMPSPARSE_INLINE void multiply_accumulate(const S* x, int64_t x_stride, const S* w, int64_t w_stride, int64_t depth,
-                                           Vec<S, L> (&acc)[M][R]) {
+COMPSPARSE_INLINE void multiply_chain(const S* x, int64_t x_stride, const S* w, int64_t w_stride, int64_t depth,
+                                      Vec<S, L> (&acc)[M][R]) {
   constexpr int Groups = (M + 2) / 3;
   const S* group[Groups];
   COMPSPARSE_UNROLL for (int g = 0; g < Groups; ++g) group[g] = x + 3 * g * x_stride;
@@ -50,6 +57,19 @@ COMPSPARSE_INLINE void multiply_accumulate(const S* x, int64_t x_stride, const S
           Target::template multiply_add<L>(weight[r], input, acc[m][r]);
     }
     w += w_stride;
+  }
+}
+
+// acc[m][r] += x[m * x_stride + k] * w[k * w_stride + r * L ...], k = 0 .. depth
+template <class Target, int L, int R, int M, typename S>
+COMPSPARSE_INLINE void multiply_accumulate(const S* x, int64_t x_stride, const S* w, int64_t w_stride, int64_t depth,
+                                           Vec<S, L> (&acc)[M][R]) {
+  if constexpr (kChain == 0) return multiply_chain<Target, L, R, M>(x, x_stride, w, w_stride, depth, acc);
+  for (int64_t k = 0; kChain && k < depth; k += kChain) {
+    Vec<S, L> chain[M][R] = {};
+    multiply_chain<Target, L, R, M>(x + k, x_stride, w + k * w_stride, w_stride, min64(kChain, depth - k), chain);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] +=
+        chain[m][r];
   }
 }
 
