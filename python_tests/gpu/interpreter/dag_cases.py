@@ -36,7 +36,7 @@ def check_backward(case: Case, kernels=shipped) -> list[torch.Tensor]:
         few = number > 0 and len(net.x) > 0 and parts[0].numel() < FEW
         magnitude = (
             _magnitude(net, number) if few and budget_used(*parts) > 1 else None
-        )  # which is no less than |exact|
+        )
         _check(f"gradient {number}", case, *parts, magnitude=magnitude)
     return ours
 
