@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from compsparse_kernels import MaskLayout, masked_linear, sampled_matmul
+from compsparse_kernels.ops.masked_linear import masking
 from compsparse_kernels.ops.masked_linear.masking import masked_gradient, masked_values
 from compsparse_kernels.testing import num_threads, random_mask, random_tensor
 
@@ -63,6 +64,14 @@ def test_clean_values_are_not_copied():
     assert masked_values(leaf, mask).data_ptr() == leaf.data_ptr()
     gradient = random_tensor(64, 64)
     assert masked_gradient(gradient, mask) is gradient and is_zero_outside(gradient, mask)
+
+
+def test_a_mask_that_drops_nothing_costs_nothing(monkeypatch):
+    monkeypatch.setattr(masking, "_is_zero_outside", None)  # would fail if it were called
+    layout = MaskLayout.from_mask(torch.ones(8, 6, dtype=torch.bool), "dense")
+    assert layout.mask is not None and layout.dropping_mask is None and layout.T.dropping_mask is None
+    values, x = random_tensor(8, 6).requires_grad_(), random_tensor(3, 6)
+    assert torch.equal(masked_linear(x, values, layout), F.linear(x, values))
 
 
 @pytest.mark.parametrize("kind", ["dense", "block"])

@@ -89,6 +89,7 @@ class MaskLayout:
     by_input: MaskOrder | None = field(init=False, default=None)
     values_shape: tuple[int, ...] = field(init=False)
     transposed: bool = field(init=False, default=False)  # values are stored as those of .T are
+    drops: bool = field(init=False, default=False)  # does ``mask`` drop anything?
 
     def __post_init__(self):
         check_positive_int("out_features", self.out_features)
@@ -100,6 +101,7 @@ class MaskLayout:
             require(unused, name, f"None with kind {self.kind}", describe(getattr(self, name)))
         check = {"csr": self._check_csr, "block": self._check_block, "nm": self._check_nm, "dense": self._check_dense}
         object.__setattr__(self, "values_shape", check[self.kind]())
+        object.__setattr__(self, "drops", self.mask is not None and not bool(self.mask.all()))
 
     def _check_csr(self) -> tuple[int, ...]:
         """Checks and takes over what kind csr is made of, as the next three do; returns the values' shape."""
@@ -236,6 +238,11 @@ class MaskLayout:
         if self.mask is not None:
             return int(self.mask.sum())
         return _elements(self.blocks) if self.kind == "block" else self.nm.nnz
+
+    @property
+    def dropping_mask(self) -> torch.Tensor | None:
+        """``mask``, or None where it drops nothing: then values need no masking."""
+        return self.mask if self.drops else None
 
     @property
     def density(self) -> float:

@@ -77,9 +77,11 @@ def masked_linear(
         if backend is not None:
             check_backend(backend, "masked_linear", x)
         if layout.kind == "block":
-            return block_sparse_linear(x, masked_values(values, layout.mask), layout.blocks, bias, backend=backend)
+            return block_sparse_linear(
+                x, masked_values(values, layout.dropping_mask), layout.blocks, bias, backend=backend
+            )
         if layout.kind == "dense":
-            weight = masked_values(values, layout.mask)
+            weight = masked_values(values, layout.dropping_mask)
             return F.linear(x, weight.mT if layout.transposed else weight, bias)
         if backend != "reference":
             refuse_forward_mode(("x", x), ("values", values), ("bias", bias))
@@ -119,9 +121,9 @@ def sampled_matmul(a: torch.Tensor, b: torch.Tensor, layout: MaskLayout) -> torc
     if not (is_usual and is_usual_pair(a, b, layout, layout.by_output.idx, _CPU_DTYPES)):
         check_pair("sampled_matmul", a, b, layout, MaskLayout)
         if layout.kind == "block":
-            return masked_gradient(sampled_block_matmul(a, b, layout.blocks), layout.mask)
+            return masked_gradient(sampled_block_matmul(a, b, layout.blocks), layout.dropping_mask)
         if layout.kind == "dense":
-            return masked_gradient(b.mT @ a if layout.transposed else a.mT @ b, layout.mask)
+            return masked_gradient(b.mT @ a if layout.transposed else a.mT @ b, layout.dropping_mask)
         refuse_forward_mode(("a", a), ("b", b))
     order, other = layout.by_output, layout.by_input
     if layout.transposed:

@@ -51,7 +51,7 @@ def linear(x, values, layout, bias, backend):
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     pattern = _Pattern(slots.positions, slots.n, slots.m, slots.in_features)
     run = _reference if backend == "reference" else _linear
-    y = run(flat, masked_values(values, layout.mask), bias, pattern, layout.transposed)
+    y = run(flat, masked_values(values, layout.dropping_mask), bias, pattern, layout.transposed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
 
@@ -65,7 +65,7 @@ def sampled(a, b, layout):
             return sampled(a.float(), b.float(), layout).to(a.dtype)
     pair = (b, a) if layout.transposed else (a, b)
     grad = _sampled_values(*pair, _Pattern(slots.positions, slots.n, slots.m, slots.in_features))
-    return masked_gradient(grad, layout.mask)
+    return masked_gradient(grad, layout.dropping_mask)
 
 
 def _is_widened(tensor) -> bool:

@@ -34,9 +34,7 @@ def check_backward(case: Case, kernels=shipped) -> list[torch.Tensor]:
     exact = net.to(torch.float64).backward(reference.dag_network_backward)
     for number, parts in enumerate(zip(ours, yardstick, exact, strict=True)):
         few = number > 0 and len(net.x) > 0 and parts[0].numel() < FEW
-        magnitude = (
-            _magnitude(net, number) if few and budget_used(*parts) > 1 else None
-        )
+        magnitude = _magnitude(net, number) if few and budget_used(*parts) > 1 else None
         _check(f"gradient {number}", case, *parts, magnitude=magnitude)
     return ours
 
