@@ -2,21 +2,31 @@
 
 import json
 import os
+import sys
 import time
 
 import pytest
 import torch
 
 import compsparse_kernels.layouts.costs as costs_module
-from compsparse_kernels import MaskLayout
+from compsparse_kernels import MaskLayout, prune
 from compsparse_kernels.layouts.choice import Choice, choose_kind
 from compsparse_kernels.layouts.costs import SHIPPED_COSTS, WAYS, CostModel, this_machine
 from compsparse_kernels.ops.masked_linear.calibration import calibrate
 from compsparse_kernels.testing import run_in_subprocess
 
 # Dense takes 1 an element, csr twice that, N:M 1.5, blocks .8; and a feature 2 for all but dense.
+STEPS = {"step": (0, 1), "step with zeros": (0, 2)}
 PLAIN = CostModel(
-    {"dense": (0, 1), "csr": (2, 2), "nm": (2, 1.5), "block 32": (2, 0.8), "block 16": (2, 0.8), "block 8": (2, 0.9)}
+    {
+        **STEPS,
+        "dense": (0, 1),
+        "csr": (2, 2),
+        "nm": (2, 1.5),
+        "block 32": (2, 0.8),
+        "block 16": (2, 0.8),
+        "block 8": (2, 0.9),
+    }
 )
 
 
@@ -81,8 +91,25 @@ def test_auto_follows_its_costs():
     assert choose_kind(mask, None, slow_blocks)[0] == "csr" and choose_kind(mask, None, slow)[0] == "dense"
 
 
+def test_an_optimizer_counts_for_what_is_stored(monkeypatch):
+    """At .55 csr takes 1.1 and a little to dense's 1 an element; with steps 1.7 to 3, for dense trains zeros as well."""
+    slow_blocks = CostModel({way: (0, 9) if way.startswith("block") else line for way, line in PLAIN.lines.items()})
+    mask = random_mask(200, 300, 0.55)
+    assert choose_kind(mask, None, slow_blocks) == Choice("dense")
+    assert choose_kind(mask, None, slow_blocks, with_step=True) == Choice("csr")
+    for module in ("layouts.mask", "prune.convert"):
+        monkeypatch.setattr(sys.modules[f"compsparse_kernels.{module}"], "this_machine", lambda: slow_blocks)
+    kinds = []
+    for trained in (False, True):
+        layer = torch.nn.Linear(300, 200)
+        model, optimizer = torch.nn.Sequential(layer), torch.optim.Adam(layer.parameters())
+        prune.convert(model, {"0": mask}, optimizer=optimizer if trained else None)
+        kinds.append(model[0].layout.kind)
+    assert kinds == ["dense", "csr"]
+
+
 def test_a_sparse_kind_must_be_faster_by_a_margin():
-    barely = CostModel({way: (0, 1 if way == "dense" else 0.96) for way in WAYS})
+    barely = CostModel({**STEPS, **{way: (0, 1 if way == "dense" else 0.96) for way in WAYS}})
     assert choose_kind(torch.ones(64, 64, dtype=torch.bool), None, barely)[0] == "dense"
 
 
@@ -97,7 +124,7 @@ def test_calibration_measures_every_way_and_gives_the_threads_back():
     with torch.no_grad():
         measured = calibrate()
     assert time.process_time() - started < 10 and torch.get_num_threads() == threads
-    assert measured.lines.keys() == set(WAYS)
+    assert measured.lines.keys() == {*WAYS, *STEPS}
     assert all(line.per_element > 0 and line.per_feature >= 0 for line in measured.lines.values())
     assert measured.lines["dense"].per_feature == 0
 
@@ -129,7 +156,9 @@ def test_costs_are_measured_once_per_machine(cache):
     assert MaskLayout.from_mask(block_mask(32)).kind == "block"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"csr": 3}', "\x00", json.dumps({way: [1] for way in WAYS})])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"csr": 3}', "\x00", json.dumps({way: [1] for way in (*WAYS, *STEPS)})]
+)
 def test_a_spoilt_cache_is_measured_anew(cache, content):
     path, calls = cache
     path.parent.mkdir()
@@ -174,7 +203,7 @@ ERRORS = {
     "missing": (
         lambda: CostModel({"csr": (1, 1)}),
         ValueError,
-        "lines: expected dense, csr, nm, block 32, block 16, block 8, got csr",
+        "lines: expected dense, csr, nm, block 32, block 16, block 8, step, step with zeros, got csr",
     ),
     "line": (
         lambda: CostModel(dict.fromkeys(WAYS, (1, -1))),

@@ -24,28 +24,33 @@ class Choice(NamedTuple):
     nm: tuple[int, int] | None = None
 
 
-def choose_kind(mask: torch.Tensor, block_shape: tuple[int, int] | None, costs: CostModel) -> Choice:
-    """The kind that runs fastest for a mask ``[out, in]``.
+def choose_kind(
+    mask: torch.Tensor, block_shape: tuple[int, int] | None, costs: CostModel, with_step: bool = False
+) -> Choice:
+    """The kind that runs fastest for a mask ``[out, in]``; ``with_step`` counts the optimizer's step in.
 
     Blocks are 32 x 32, 16 x 16 or 8 x 8, or ``block_shape`` alone; they may be partly filled, and then cost as much as
     whole ones; so may the slots of an N:M pattern. Of ways that cost the same, the first of blocks, csr, N:M is taken.
     """
-    rows, columns = mask.shape
-    dense = costs.microseconds("dense", rows + columns, mask.numel())
-    cost, choice = min(_ways(mask, block_shape, costs), key=lambda way: way[0])
-    return choice if cost < MARGIN * dense else Choice("dense")
-
-
-def _ways(mask, block_shape, costs) -> Iterator[tuple[float, Choice]]:
     features, survivors = sum(mask.shape), count(mask)
+
+    def cost(way: str, stored: int) -> float:
+        step = costs.step_microseconds(stored, survivors) if with_step else 0
+        return costs.microseconds(way, features, stored) + step
+
+    costed = [(cost(way, stored), choice) for way, stored, choice in _ways(mask, block_shape, survivors)]
+    least, choice = min(costed, key=lambda pair: pair[0])
+    return choice if least < MARGIN * cost("dense", mask.numel()) else Choice("dense")
+
+
+def _ways(mask, block_shape, survivors) -> Iterator[tuple[str, int, Choice]]:
+    """Each sparse way to store a mask, and how many elements it stores."""
     if survivors:  # no blocks at all is the same as no entries, and csr says so more simply
         for shape in [(size, size) for size in BLOCK_SIZES] if block_shape is None else [block_shape]:
-            cost = costs.microseconds(_way_of_blocks(shape), features, elements_of_blocks(mask, shape))
-            yield cost, Choice("block", block_shape=shape)
-    yield costs.microseconds("csr", features, survivors), Choice("csr")
+            yield _way_of_blocks(shape), elements_of_blocks(mask, shape), Choice("block", block_shape=shape)
+    yield "csr", survivors, Choice("csr")
     if block_shape is None and survivors >= LEAST_OF_NM * mask.numel() and (pattern := tightest(mask)):
-        slots = mask.shape[0] * -(-mask.shape[1] // pattern[1]) * pattern[0]
-        yield costs.microseconds("nm", features, slots), Choice("nm", nm=pattern)
+        yield "nm", mask.shape[0] * -(-mask.shape[1] // pattern[1]) * pattern[0], Choice("nm", nm=pattern)
 
 
 def _way_of_blocks(shape) -> str:

@@ -2,6 +2,9 @@
 
 A layer takes ``per_feature * (in + out) + per_element * stored`` microseconds: forward and backward, float32, one
 thread, batch 256. Only the order of such times matters, and that hardly depends on batch or threads.
+
+An optimizer's step is paid for each stored element, too, and more than once for zeros among them where their square
+roots leave the fast path of a library.
 """
 
 import hashlib
@@ -33,7 +36,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class CostModel:
-    """A :class:`Line` per way to store a mask: ``dense``, ``csr``, ``nm``, ``block 32``, ``block 16``, ``block 8``.
+    """A :class:`Line` per way to store a mask: ``dense``, ``csr``, ``nm``, ``block 32``, ``block 16``, ``block 8``; and
+    of Adam's step, where all stored elements are trained (``step``) and where some are zeros (``step with zeros``).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -49,13 +53,18 @@ class CostModel:
     def __post_init__(self):
         wanted = "dict of way: (per_feature, per_element)"
         require(isinstance(self.lines, Mapping), "lines", wanted, describe(self.lines), TypeError)
-        require(set(WAYS) <= self.lines.keys(), "lines", ", ".join(WAYS), ", ".join(map(str, self.lines)))
-        object.__setattr__(self, "lines", {way: _line(way, self.lines[way]) for way in WAYS})
+        names = WAYS + STEPS
+        require(set(names) <= self.lines.keys(), "lines", ", ".join(names), ", ".join(map(str, self.lines)))
+        object.__setattr__(self, "lines", {name: _line(name, self.lines[name]) for name in names})
 
     def microseconds(self, way: str, features: int, stored: int) -> float:
         """Of a layer whose inputs and outputs are ``features`` in all, with ``stored`` elements in memory."""
         line = self.lines[way]
         return line.per_feature * features + line.per_element * stored
+
+    def step_microseconds(self, stored: int, survivors: int) -> float:
+        """Of a step of the optimizer on ``stored`` elements, all but ``survivors`` of which are zeros."""
+        return self.lines["step" if stored == survivors else "step with zeros"].per_element * stored
 
     def save(self, path: Path) -> None:
         """As JSON, if nobody was faster: all processes of a machine go by the same file."""
@@ -78,6 +87,7 @@ class CostModel:
             raise ValueError(f"{path}: not a cost model ({error})") from error
 
 
+STEPS = ("step", "step with zeros")
 WAYS = ("dense", "csr", "nm", *(f"block {size}" for size in BLOCK_SIZES))
 
 
@@ -93,6 +103,8 @@ SHIPPED_COSTS = CostModel(
     {
         "dense": Line(0.0, 0.014),
         "csr": Line(0.32, 0.033),
+        "step": Line(0.0, 0.0025),
+        "step with zeros": Line(0.0, 0.0025),
         "nm": Line(0.32, 0.033),
         "block 32": Line(0.28, 0.0147),
         "block 16": Line(0.29, 0.0147),

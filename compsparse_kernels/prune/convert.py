@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.block import check_block_shape
 from compsparse_kernels.layouts.checks import check_bool_matrix, describe, require
+from compsparse_kernels.layouts.choice import choose_kind
+from compsparse_kernels.layouts.costs import this_machine
 from compsparse_kernels.layouts.mask import KINDS
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.layers import (
@@ -40,7 +42,7 @@ def convert(
         model: any module; a linear layer itself is converted too, then use what is returned. Layers pruned by
             ``torch.nn.utils.prune`` count as their masked weight.
         masks: ``{name: bool [out, in]}``, as :func:`magnitude_masks` returns; names as in ``named_modules``.
-        kind: how to store the masks, see :meth:`MaskLayout.from_mask`.
+        kind: how to store the masks, see :meth:`MaskLayout.from_mask`; with an optimizer ``"auto"`` counts its steps in.
         optimizer: its parameters are exchanged in place (``param_groups`` keep identity and order) and its state is
             remapped. Any optimizer serves whose state is one number per weight, or one for all of them: SGD with
             momentum, Adam, AdamW, RMSprop. Without it, make the optimizer after the conversion.
@@ -70,7 +72,7 @@ def convert(
     """
     layers = _checked_layers(model, masks)
     _check_parameters(model, layers, optimizer)
-    layouts = _layouts(layers, masks, kind, block_shape)
+    layouts = _layouts(layers, masks, kind, block_shape, optimizer)
     replacements = {}
     for name, layer in layers.items():
         if isinstance(layer, MaskedLinear):
@@ -121,7 +123,7 @@ def update_masks(
         wanted = "a name of a MaskedLinear (prune.convert makes them)"
         require(is_masked, f"masks[{name!r}]", wanted, type(layer).__name__)
     _check_parameters(model, layers, optimizer)
-    layouts = _layouts(layers, masks, kind, block_shape)
+    layouts = _layouts(layers, masks, kind, block_shape, optimizer)
     fills = _checked_fills(layers, fill)
     for name, layer in layers.items():
         _store_anew(layer, layouts[name], fills[name], optimizer)
@@ -172,11 +174,17 @@ def _checked_layers(model, masks):
     return {name: layers[name] for name in masks}
 
 
-def _layouts(layers, masks, kind, block_shape):
-    return {
-        name: MaskLayout.from_mask(masks[name], kind, block_shape).to(weight_parameter(layer).device)
-        for name, layer in layers.items()
-    }
+def _layouts(layers, masks, kind, block_shape, optimizer):
+    """Who brings an optimizer will train, so kind auto counts its steps in."""
+    check_storage(kind, block_shape)
+    layouts = {}
+    for name, layer in layers.items():
+        storage = (kind, block_shape)
+        if kind == "auto" and optimizer is not None:
+            mask = masks[name].detach().cpu().contiguous()
+            storage = choose_kind(mask, block_shape, this_machine(), with_step=True)
+        layouts[name] = MaskLayout.from_mask(masks[name], *storage).to(weight_parameter(layer).device)
+    return layouts
 
 
 def _check_parameters(model, layers, optimizer, argument="masks[{!r}]"):

@@ -20,7 +20,8 @@ def calibrate() -> CostModel:
     torch.set_num_threads(1)
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            return CostModel({way: _line(way) for way in WAYS})
+            steps = {"step": _step_line(1.0), "step with zeros": _step_line(0.5)}
+            return CostModel({**{way: _line(way) for way in WAYS}, **steps})
     finally:
         torch.set_num_threads(threads)
 
@@ -32,6 +33,17 @@ def _line(way: str) -> Line:
     (stored, low), (more, high) = (_microseconds(way, density) for density in DENSITIES)
     per_element = max(high - low, 0.0) / (more - stored)
     return Line(max(low - per_element * stored, 0.0) / (2 * FEATURES), per_element)
+
+
+def _step_line(survivors: float) -> Line:
+    """Of Adam's step on a weight of which this share is trained, and the others are and stay 0."""
+    generator = torch.Generator().manual_seed(0)
+    trained = torch.rand(FEATURES, FEATURES, generator=generator) < survivors
+    weight = torch.nn.Parameter(torch.randn(FEATURES, FEATURES, generator=generator) * trained)
+    weight.grad = torch.randn(FEATURES, FEATURES, generator=generator) * trained
+    optimizer = torch.optim.Adam([weight])
+    optimizer.step()
+    return Line(0.0, 1e6 * min(_seconds(optimizer.step) for _ in range(SAMPLES)) / weight.numel())
 
 
 def _microseconds(way: str, density: float) -> tuple[int, float]:
