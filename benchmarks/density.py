@@ -125,7 +125,7 @@ def draw(result: dict, path: Path) -> None:
         dense = statistics.median(point["ms"] for point in result["points"] if point["name"] == DENSE)
         axis.axvline(even, color="gray", linewidth=1)
         axis.annotate(
-            f"csr breaks even\nat {even:.2f}", (even, dense), (0.6 * even, 0.35 * dense), fontsize=9, ha="right",
+            f"csr breaks even\nat {even:.2f}", (even, dense), (1.2 * even, 0.3 * dense), fontsize=9, ha="left",
             arrowprops={"arrowstyle": "->", "color": "gray"},
         )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="density", ylabel="forward and backward, ms")

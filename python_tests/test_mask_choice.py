@@ -92,7 +92,7 @@ def test_auto_follows_its_costs():
 
 
 def test_an_optimizer_counts_for_what_is_stored(monkeypatch):
-    """At .55 csr takes 1.1 and a little to dense's 1 an element; with steps 1.7 to 3, for dense trains zeros as well."""
+    """At .55 csr takes 1.1 and a little to dense's 1 an element; with steps 1.7 to 3: dense trains zeros, too."""
     slow_blocks = CostModel({way: (0, 9) if way.startswith("block") else line for way, line in PLAIN.lines.items()})
     mask = random_mask(200, 300, 0.55)
     assert choose_kind(mask, None, slow_blocks) == Choice("dense")
@@ -206,7 +206,7 @@ ERRORS = {
         "lines: expected dense, csr, nm, block 32, block 16, block 8, step, step with zeros, got csr",
     ),
     "line": (
-        lambda: CostModel(dict.fromkeys(WAYS, (1, -1))),
+        lambda: CostModel(dict.fromkeys((*WAYS, *STEPS), (1, -1))),
         ValueError,
         "lines['dense']: expected two finite numbers, not negative, got (1, -1)",
     ),

@@ -42,7 +42,7 @@ def convert(
         model: any module; a linear layer itself is converted too, then use what is returned. Layers pruned by
             ``torch.nn.utils.prune`` count as their masked weight.
         masks: ``{name: bool [out, in]}``, as :func:`magnitude_masks` returns; names as in ``named_modules``.
-        kind: how to store the masks, see :meth:`MaskLayout.from_mask`; with an optimizer ``"auto"`` counts its steps in.
+        kind: how to store the masks, see :meth:`MaskLayout.from_mask`; ``"auto"`` counts an optimizer's steps in.
         optimizer: its parameters are exchanged in place (``param_groups`` keep identity and order) and its state is
             remapped. Any optimizer serves whose state is one number per weight, or one for all of them: SGD with
             momentum, Adam, AdamW, RMSprop. Without it, make the optimizer after the conversion.
