@@ -46,7 +46,8 @@ bool is_zero_outside(const Tensor& values, const Tensor& mask) {
   std::vector<char> found(parts);
   with_bits_of(values, [&]<typename Bits>(Bits) {
     const auto* bits = static_cast<const Bits*>(values.data_ptr());
-    for_each_part(parts, [&](int64_t part) { found[part] = any_outside(bits, dropped, equal_share(size, part, parts)); });
+    for_each_part(parts,
+                  [&](int64_t part) { found[part] = any_outside(bits, dropped, equal_share(size, part, parts)); });
   });
   return std::find(found.begin(), found.end(), 1) == found.end();
 }

@@ -3,8 +3,8 @@
 // A unit of work is an entry or the end of a row (empty rows cost something too), in the order of the matrix: row r
 // begins at unit ptr[r] + r. Every warp takes a window of WarpWork units and finds its first row by a search.
 //
-// A row with the work of several blocks is cut into pieces of about one block's. The blocks that follow the one in which
-// it begins have no other row, so they take the pieces after the first.
+// A row with the work of several blocks is cut into pieces of about one block's. The blocks that follow the one in
+// which it begins have no other row, so they take the pieces after the first.
 #pragma once
 
 #include "../numbers.cuh"
