@@ -389,3 +389,29 @@ def test_a_refused_group_is_not_added():
     with pytest.raises(ValueError, match="strength"):
         optimizer.add_param_group({"params": [B], "strength": 1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def test_groups_are_looked_for_at_each_step():
+    """prune.convert may make one dimension of a weight's two."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48))
+    optimizer = prune.ProximalSGD([model[0].weight], lr=0.1, penalty="group_l1", strength=0.3)
+    prune.convert(model, {"0": torch.rand(48, 32) < 0.2}, "csr", optimizer)
+    model(torch.randn(5, 32)).sum().backward()
+    with pytest.raises(ValueError, match="params: expected tensors of 2 or more dimensions"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, option",
+    [
+        (torch.optim.SGD, prune.ProximalSGD, "maximize"),
+        (torch.optim.AdamW, prune.ProximalAdamW, "maximize"),
+        (torch.optim.AdamW, prune.ProximalAdamW, "amsgrad"),
+    ],
+)
+def test_options_that_ours_lack_are_refused(theirs, ours, option):
+    other = theirs([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, **{option: True})
+    optimizer = ours([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    message = rf"state_dict: expected {option}=False \(there is no {option} here\), got True"
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())

@@ -306,3 +306,8 @@ def test_messages(function, arguments, error, message):
     with pytest.raises(error) as caught:
         function(*arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_participation_ratio_of_half_precision(dtype):
+    assert theory.inverse_participation_ratio(torch.ones(1024, dtype=dtype), 0).item() == 1 / 1024

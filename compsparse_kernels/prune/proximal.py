@@ -11,6 +11,13 @@ from compsparse_kernels.ops.proximal.api import check_betas, check_nesterov, che
 from compsparse_kernels.prune.convert import convert
 from compsparse_kernels.prune.layers import prunable_layers
 
+UNSUPPORTED = ("maximize", "amsgrad")  # options of torch's optimizers that state dicts may bring
+
+
+def _check_groups(param, group):
+    if group["penalty"] == "group_l1" and param.dim() < 2:
+        require(False, "params", "tensors of 2 or more dimensions, as groups are blocks of a matrix", describe(param))
+
 
 class _Proximal(torch.optim.Optimizer):
     """What the optimizers share. A subclass makes the step of one parameter, and checks settings of its own."""
@@ -31,16 +38,17 @@ class _Proximal(torch.optim.Optimizer):
         penalty = group["penalty"]
         require(penalty in self.PENALTIES, "penalty", f"one of {', '.join(map(repr, self.PENALTIES))}", repr(penalty))
         check_penalty(penalty, group["strength"], group["block_shape"], group.get("beta", 0.0))
-        if penalty == "group_l1":
-            wanted = "tensors of 2 or more dimensions, as groups are blocks of a matrix"
-            for param in group["params"]:
-                require(param.dim() >= 2, "params", wanted, describe(param))
+        for param in group["params"]:
+            _check_groups(param, group)
 
     def _step(self, param, grad, state, group):
         """One step of a contiguous parameter; ``state`` is filled at the first."""
         raise NotImplementedError
 
     def __setstate__(self, state):
+        for group in state["param_groups"]:
+            for name in UNSUPPORTED:
+                require(not group.get(name), "state_dict", f"{name}=False (there is no {name} here)", group.get(name))
         super().__setstate__(state)
         for group in self.param_groups:  # what torch's own optimizer saved has no penalty
             for name, value in self.defaults.items():
@@ -61,6 +69,7 @@ class _Proximal(torch.optim.Optimizer):
 
         Raises:
             TypeError: where a gradient is sparse.
+            ValueError: where ``"group_l1"`` meets a parameter of one dimension, as the values of kind csr are.
         """
         loss = None
         if closure is not None:
@@ -70,6 +79,7 @@ class _Proximal(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                _check_groups(param, group)  # prune.convert may have exchanged it
                 if param.is_contiguous():
                     self._step(param, param.grad, self.state[param], group)
                 else:  # the state is that of its rows, one after another

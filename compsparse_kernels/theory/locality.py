@@ -208,8 +208,9 @@ def inverse_participation_ratio(weights: torch.Tensor, dim: int = -1) -> torch.T
     require(-weights.dim() <= dim < weights.dim(), "dim", wanted, dim)
     if weights.shape[dim] == 0:
         return weights.sum(dim) / 0
-    squares = (weights / weights.abs().amax(dim, keepdim=True)).square()  # fourth powers stay within range
-    return squares.square().sum(dim) / squares.sum(dim).square()
+    wide = weights.float() if weights.element_size() == 2 else weights  # sums of half precision leave its range
+    squares = (wide / wide.abs().amax(dim, keepdim=True)).square()  # fourth powers stay within range
+    return (squares.square().sum(dim) / squares.sum(dim).square()).to(weights.dtype)
 
 
 def _masks(mask_or_masks):
