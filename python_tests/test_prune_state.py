@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from compsparse_kernels import prune
-from compsparse_kernels.layouts.mask import KINDS as ALL_KINDS
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.testing import random_mask, random_tensor
 from python_tests.pruning import KINDS, NAMES, OPTIMIZERS, PER_WEIGHT, dense_state, masks_of, net, step, trained
@@ -74,7 +73,6 @@ def test_update_masks_keeps_survivors_and_starts_the_regrown_at_zero(first, seco
     assert (layer.weight != before)[regrown].any() and not layer.weight[~new["0"]].any()
 
 
-@pytest.mark.skipif("nm" not in ALL_KINDS, reason="MaskLayout has no kind nm here")
 def test_groups_of_n_in_m():
     """2:4, then 1:4 of what is left, then other 2:4 groups, and back to dense."""
     model, optimizer = trained()
