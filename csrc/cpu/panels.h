@@ -77,4 +77,26 @@ COMPSPARSE_INLINE void multiply_panel(const T* w, int64_t w_out, int64_t w_in, c
   }
 }
 
+template <typename T, int L, int R>
+COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) {
+  Vec<T, L> sum = a[0] * load<T, L>(b);
+  COMPSPARSE_UNROLL for (int r = 1; r < R; ++r) sum += a[r] * load<T, L>(b + r * L);
+  return sum;
+}
+
+// Products of a, R vectors of batch rows, with `Count` panel rows, summed to L / Count lanes each. With `Ragged` only
+// the first `count` exist.
+template <typename T, int L, int R, int Count, bool Ragged, typename Index>
+COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const Index* idx, int64_t count) {
+  if constexpr (Count == 1) {
+    return multiply_lanes<T, L, R>(a, panel + int64_t{idx[0]} * (L * R));
+  } else {
+    constexpr int Half = Count / 2;
+    const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);
+    Vec<T, L> second = {};
+    if (!Ragged || count > Half) second = dots<T, L, R, Half, Ragged>(a, panel, idx + Half, count - Half);
+    return fold<T, L, L / Half>(first, second);
+  }
+}
+
 }  // namespace

@@ -165,27 +165,6 @@ void product(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range 
 }
 
 template <typename T, int L, int R>
-COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) {
-  Vec<T, L> sum = a[0] * load<T, L>(b);
-  COMPSPARSE_UNROLL for (int r = 1; r < R; ++r) sum += a[r] * load<T, L>(b + r * L);
-  return sum;
-}
-
-// Products of a with `Count` panel rows, summed to L / Count lanes each. With `Ragged` only the first `count` exist.
-template <typename T, int L, int R, int Count, bool Ragged>
-COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const int32_t* idx, int64_t count) {
-  if constexpr (Count == 1) {
-    return multiply_lanes<T, L, R>(a, panel + int64_t{idx[0]} * (L * R));
-  } else {
-    constexpr int Half = Count / 2;
-    const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);
-    Vec<T, L> second = {};
-    if (!Ragged || count > Half) second = dots<T, L, R, Half, Ragged>(a, panel, idx + Half, count - Half);
-    return fold<T, L, L / Half>(first, second);
-  }
-}
-
-template <typename T, int L, int R>
 void sampled_panel(const SampledSums<T>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     Vec<T, L> a[R];

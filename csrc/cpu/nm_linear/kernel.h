@@ -306,27 +306,6 @@ void store(const T* sums, int64_t width, int64_t batch_rows, int64_t outputs, in
   });
 }
 
-template <typename T, int L, int R>
-COMPSPARSE_INLINE Vec<T, L> multiply_lanes(const Vec<T, L> (&a)[R], const T* b) {
-  Vec<T, L> sum = a[0] * load<T, L>(b);
-  COMPSPARSE_UNROLL for (int r = 1; r < R; ++r) sum += a[r] * load<T, L>(b + r * L);
-  return sum;
-}
-
-// Products of a with `Count` panel rows, summed to L / Count lanes each. With `Ragged` only the first `count` exist.
-template <typename T, int L, int R, int Count, bool Ragged>
-COMPSPARSE_INLINE Vec<T, L> dots(const Vec<T, L> (&a)[R], const T* panel, const uint8_t* idx, int64_t count) {
-  if constexpr (Count == 1) {
-    return multiply_lanes<T, L, R>(a, panel + int64_t{idx[0]} * (L * R));
-  } else {
-    constexpr int Half = Count / 2;
-    const Vec<T, L> first = dots<T, L, R, Half, Ragged>(a, panel, idx, count);
-    Vec<T, L> second = {};
-    if (!Ragged || count > Half) second = dots<T, L, R, Half, Ragged>(a, panel, idx + Half, count - Half);
-    return fold<T, L, L / Half>(first, second);
-  }
-}
-
 template <typename T>
 void sampled_single(const NMEntries<T>& e, const T* a, const T* b, int64_t rows, bool add) {
   for (int64_t row = 0; row < rows; ++row) {
