@@ -46,6 +46,7 @@ BIND_FLAGS = [
 ]
 CUDA_ARCHITECTURES = {"80": (11, 0), "90": (11, 8), "100": (12, 8)}  # and the first CUDA whose compiler knows them
 HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/**/*.h"))]
+SHARED_HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/*.h")) if path.name != "kernels.h"]
 CUDA_HEADERS = [str(path) for path in sorted(CSRC.glob("cuda/**/*.*h"))]
 
 
@@ -61,7 +62,8 @@ def kernel_archives():
     archives = []
     for isa, flags in INSTRUCTION_SETS.items():
         for source in sorted(CSRC.glob(f"cpu/*/{isa}.cpp")):
-            options = {"sources": [str(source)], "cflags": TORCH_FREE_FLAGS + flags, "obj_deps": {"": HEADERS}}
+            headers = SHARED_HEADERS + [str(path) for path in sorted(source.parent.glob("*.h"))]
+            options = {"sources": [str(source)], "cflags": TORCH_FREE_FLAGS + flags, "obj_deps": {"": headers}}
             archives.append((f"compsparse_{source.parent.name}_{isa}", options))
     return archives
 

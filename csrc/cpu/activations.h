@@ -1,8 +1,8 @@
 // Epilogues: relu, gelu (exact, by erf) and silu.
 #pragma once
 
-#include "kernels.h"
 #include "shuffle.h"
+#include "types.h"
 #include "vector_math.h"
 
 namespace {

@@ -2,8 +2,8 @@
 // rounded once, to nearest even, when it is stored.
 #pragma once
 
-#include "kernels.h"
 #include "simd.h"
+#include "types.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>

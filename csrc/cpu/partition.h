@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "types.h"
 
 namespace compsparse {
 

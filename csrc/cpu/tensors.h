@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 
-#include "kernels.h"
+#include "types.h"
 
 namespace compsparse {
 

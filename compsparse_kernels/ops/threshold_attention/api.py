@@ -101,10 +101,12 @@ def threshold_attention(
     attn_bias = _bias_of(attn_bias, (*leading, *shape[2:]), query)
     _check_padding(key_padding_mask, shape, query)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    arguments = (query, key, value, attn_bias, key_padding_mask, float(threshold), rule, is_causal, scale)
+    arguments = (query, key, value, attn_bias, key_padding_mask, None, None, None, None, None, float(threshold), rule)
+    arguments += (weights, is_causal, -1, -1, 0, scale, 0.0, 0)
     if backend is not None:
         check_backend(backend, "threshold_attention", query)
     out, *arrays = _run(arguments, return_support, backend)
+    arrays = arrays[:3]
     if len(leading) != 2:
         out = out.view(*leading, *out.shape[2:])
     return (out, AttentionSupport(*arrays, shape)) if return_support else out
@@ -114,7 +116,7 @@ def _run(arguments, with_support, backend):
     """``(out,)``, or output and support; through autograd where a gradient is wanted."""
     if backend == "reference":
         if with_support:
-            out, row_ptr, col_idx, weights = reference.threshold_attention_support(*arguments)
+            out, row_ptr, col_idx, weights, *_ = reference.threshold_attention_support(*arguments)
             return out, row_ptr, col_idx, weights.detach()
         return (reference.threshold_attention(*arguments),)
     refuse_forward_mode(*zip(("query", "key", "value", "attn_bias"), arguments[:4], strict=True))
@@ -127,27 +129,27 @@ class _ThresholdAttention(torch.autograd.Function):
     """Keeps the support for the backward; a second derivative is refused."""
 
     @staticmethod
-    def forward(ctx, query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale):
-        out, row_ptr, col_idx, weights = _support(
-            query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale
-        )
-        ctx.save_for_backward(query, key, value, attn_bias, row_ptr, col_idx, weights)
-        ctx.scale = scale
+    def forward(ctx, query, key, value, attn_bias, *options):
+        out, row_ptr, col_idx, weights, _, slope = _support(query, key, value, attn_bias, *options)
+        ctx.save_for_backward(query, key, value, attn_bias, row_ptr, col_idx, weights, slope)
+        threshold, rule, weighting, *_, scale, dropout_p, seed = options[6:]
+        ctx.options = threshold, rule, weighting, scale, dropout_p, seed
         ctx.bias_shape = None if attn_bias is None else attn_bias.shape
         ctx.mark_non_differentiable(row_ptr, col_idx, weights)
         return out, row_ptr, col_idx, weights
 
     @staticmethod
     def backward(ctx, grad, *_):
-        query, key, value, bias, row_ptr, col_idx, weights = ctx.saved_tensors
+        query, key, value, bias, row_ptr, col_idx, weights, slope = ctx.saved_tensors
         with torch.no_grad():
-            *grads, score_grad = _backward(grad, query, key, value, row_ptr, col_idx, weights, ctx.scale)
+            support = row_ptr, col_idx, weights, slope
+            *grads, score_grad, _ = _backward(grad, query, key, value, *support, *ctx.options)
             if ctx.needs_input_grad[3]:
                 grads.append(_bias_grad(score_grad, row_ptr, col_idx, query.shape[:3], ctx.bias_shape))
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             grads = _OnceDifferentiable.apply(len(grads), *grads, grad, query, key, value, bias)
         bias_grad = grads[3] if ctx.needs_input_grad[3] else None
-        return *grads[:3], bias_grad, None, None, None, None, None
+        return *grads[:3], bias_grad, *[None] * 16
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -1,41 +1,287 @@
-"""The meaning of thresholded attention, in dense torch: any device, any dtype, differentiable. Correct first."""
+r"""The meaning of thresholded attention, in dense torch: any device, any dtype, differentiable. Correct first.
+
+With the scores s of a row, its largest m, its support S, and u >= 0 on S the weights are w = u / U, U = sum u:
+
+  softmax            u = exp(s - m)                                       slope r = 0
+  shrink, relative   u = exp(s - m) - t                                   r = t / U
+  shrink, absolute   u = exp(s - m) - exp(t - m)                          r = exp(t - m) / U
+  rectified          u = s - m - log t (relative), s - t (absolute)       r = 1 / U
+  entmax             w = relu((alpha - 1) s - tau)^(1 / (alpha - 1))      r = 0
+
+With the gradients d of the weights and c = sum w d (entmax: sum sigma d / sum sigma), those of the scores on S are
+sigma (d - c), where sigma = w, w + r, r, w^(2 - alpha) for softmax, shrink, rectified, entmax; that of the cut (log t of
+the relative rule, t of the absolute one) is -r sum (d - c). Where u depends on m, the row's largest scores share what
+makes the gradients of the row add up to 0.
+"""
 
 import math
 
 import torch
 
+from compsparse_kernels.ops.threshold_attention.dropout import kept_by_dropout
 
-def threshold_attention(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale):
+INDEX_PANEL = 64  # keys; of the screen's index, csrc/cpu/threshold_attention/index.h
+
+
+def threshold_attention(query, key, value, *options):
     """The output alone; the arguments of the op of the same name."""
-    scores = _scores(query, key, attn_bias, key_padding_mask, is_causal, scale)
-    return _softmax(scores, _kept(scores, threshold, rule)) @ _for_each_head(value, query)
+    return threshold_attention_support(query, key, value, *options)[0]
 
 
-def threshold_attention_support(query, key, value, attn_bias, key_padding_mask, threshold, rule, is_causal, scale):
+def threshold_attention_support(
+    query,
+    key,
+    value,
+    attn_bias,
+    key_padding_mask,
+    alibi_slopes,
+    thresholds,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    index,
+    threshold,
+    rule,
+    weighting,
+    is_causal,
+    window_left,
+    window_right,
+    query_offset,
+    scale,
+    dropout_p,
+    seed,
+):
     """Output, and the support with its weights by rows (b, h, i)."""
-    scores = _scores(query, key, attn_bias, key_padding_mask, is_causal, scale)
-    kept = _kept(scores, threshold, rule)
-    weights = _softmax(scores, kept)
-    row_ptr = torch.zeros(scores[..., 0].numel() + 1, dtype=torch.int64, device=query.device)
+    dtype = sum_dtype(query)
+    lengths = query.shape[2], key.shape[2]
+    positions = _positions(*lengths, cu_seqlens_q, cu_seqlens_k, query_offset, query.device)
+    visible = _visible(*positions, is_causal, window_left, window_right)
+    scores = scale * query.to(dtype) @ _for_each_head(key.to(dtype), query).mT
+    scores = _biased(scores, attn_bias, alibi_slopes, positions)
+    if key_padding_mask is not None:
+        visible = visible & ~key_padding_mask[:, None, None, :]
+    scores = scores.masked_fill(~visible, -math.inf)
+    if thresholds is None:
+        thresholds = torch.tensor(threshold, dtype=torch.float64, device=query.device)
+    kept = _kept(scores.detach(), thresholds.detach(), threshold, rule)
+    weights, slope = _weights(scores, kept, thresholds, threshold, rule, weighting)
+    row_ptr = torch.zeros(slope.numel() + 1, dtype=torch.int64, device=query.device)
     torch.cumsum(kept.sum(-1).flatten(), 0, out=row_ptr[1:])
-    col_idx = kept.nonzero()[:, -1].to(torch.int32)
-    return weights @ _for_each_head(value, query), row_ptr, col_idx, weights[kept]
+    rows, columns = kept.flatten(0, 2).nonzero(as_tuple=True)
+    log_sum = scores.detach().masked_fill(~kept, -math.inf).logsumexp(-1)
+    shares = weights
+    if dropout_p > 0:
+        shares = weights.flatten(0, 2).index_put((rows, columns), _dropped(weights[kept], rows, columns, dropout_p, seed))
+        shares = shares.view(weights.shape)
+    out = shares @ _for_each_head(value.to(dtype), query)
+    return out.to(query.dtype), row_ptr, columns.to(torch.int32), weights[kept], log_sum, slope
 
 
-def threshold_attention_backward(grad, query, key, value, row_ptr, col_idx, weights, scale):
-    """Gradients of query, key, value and of the kept scores, from the support that the forward found."""
+def threshold_attention_backward(
+    grad, query, key, value, row_ptr, col_idx, weights, slope, threshold, rule, weighting, scale, dropout_p, seed
+):
+    """Gradients of query, key, value, of the kept scores and of the cuts, from the support that the forward found."""
+    dtype = weights.dtype
+    wide_grad, wide_query = grad.to(dtype), query.to(dtype)
     shape = (*query.shape[:3], key.shape[2])
     rows = torch.arange(len(row_ptr) - 1, device=query.device).repeat_interleave(row_ptr.diff())
-    kept = rows * shape[3] + col_idx
-    dense = weights.new_zeros(shape).flatten().index_put((kept,), weights).view(shape)
-    weight_grad = grad @ _for_each_head(value, query).mT
-    inner = (dense * weight_grad).flatten().index_select(0, kept)
-    row_sum = inner.new_zeros(len(row_ptr) - 1).index_add(0, rows, inner)
-    score_grad = inner - weights * row_sum[rows]
-    dense_grad = score_grad.new_zeros(shape).flatten().index_put((kept,), score_grad).view(shape)
-    query_grad = scale * dense_grad @ _for_each_head(key, query)
-    key_grad, value_grad = scale * dense_grad.mT @ query, dense.mT @ grad
-    return query_grad, _sum_of_group(key_grad, key), _sum_of_group(value_grad, value), score_grad
+    kept = rows, col_idx.long()
+
+    def row_sum(entries):
+        return entries.new_zeros(len(row_ptr) - 1).index_add(0, rows, entries)
+
+    def spread(entries):
+        return entries.new_zeros(math.prod(shape[:3]), shape[3]).index_put(kept, entries).view(shape)
+
+    weight_grad = (wide_grad @ _for_each_head(value.to(dtype), query).mT).flatten(0, 2)[kept]
+    shares = weights
+    if dropout_p > 0:
+        shares = _dropped(weights, *kept, dropout_p, seed)
+        weight_grad = _dropped(weight_grad, *kept, dropout_p, seed)
+    if rule == "entmax":
+        steepness = weights ** (2 - threshold)
+        center = row_sum(steepness * weight_grad) / row_sum(steepness)
+    else:
+        steepness = {"softmax": weights, "shrink": weights + slope.flatten()[rows], "rectified": slope.flatten()[rows]}
+        steepness = steepness[weighting]
+        center = row_sum(weights * weight_grad)
+    centered = weight_grad - center[rows]
+    score_grad = steepness * centered
+    cut_grad = (-slope.flatten() * row_sum(centered)).view(slope.shape)
+    if rule == "relative" and weighting != "softmax":
+        dense = spread(weights).flatten(0, 2)
+        largest = weights == dense.amax(-1)[rows]
+        share = row_sum(score_grad) / row_sum(largest.to(dtype))
+        score_grad = score_grad - share[rows] * largest
+    dense_grad = spread(score_grad)
+    query_grad = scale * dense_grad @ _for_each_head(key.to(dtype), query)
+    key_grad = _sum_of_group(scale * dense_grad.mT @ wide_query, key)
+    value_grad = _sum_of_group(spread(shares).mT @ wide_grad, value)
+    return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), score_grad, cut_grad
+
+
+def threshold_attention_index(key):
+    """No index: the reference screens nothing."""
+    return torch.zeros(index_shape(key), dtype=torch.uint8, device=key.device)
+
+
+def threshold_attention_index_(index, key, first):
+    """Nothing to write."""
+
+
+def index_shape(key):
+    """Panels of keys, each with codes of four numbers together, a scale a key, and three bounds in float64."""
+    batch, heads, keys, width = key.shape
+    codes = INDEX_PANEL * (-(-width // 4) * 4 + 4)
+    return batch, heads, -(-keys // INDEX_PANEL), codes + 64
+
+
+def sum_dtype(query):
+    """What numbers of the query's dtype are summed in."""
+    return torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+
+
+def visible_keys(queries, keys, cu_seqlens_q, cu_seqlens_k, is_causal, window_left, window_right, query_offset, device):
+    """Of each query the first key that it may see, and the one after the last: int64 ``[Tq]`` each."""
+    first = torch.zeros(queries, dtype=torch.int64, device=device)
+    end = first + keys
+    position = torch.arange(queries, device=device) + query_offset
+    if cu_seqlens_q is not None:
+        starts, key_starts = cu_seqlens_q.to(device), cu_seqlens_k.to(device)
+        sequence = torch.searchsorted(starts, torch.arange(queries, device=device), right=True) - 1
+        first, end = key_starts[sequence], key_starts[sequence + 1]
+        position = position - starts[sequence] + first
+    last = end - 1
+    if is_causal:
+        last = torch.minimum(last, position)
+    if window_right >= 0:
+        last = torch.minimum(last, position + window_right)
+    low = first if window_left < 0 else torch.maximum(first, position - window_left)
+    return low, torch.maximum(low, last + 1)
+
+
+def _positions(queries, keys, cu_seqlens_q, cu_seqlens_k, query_offset, device):
+    """Sequence and position of each query ``[Tq, 1]`` and each key ``[Tk]``."""
+    query_at, key_at = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    if cu_seqlens_q is None:
+        return torch.zeros_like(query_at)[:, None], query_at[:, None] + query_offset, torch.zeros_like(key_at), key_at
+    starts, key_starts = cu_seqlens_q.to(device), cu_seqlens_k.to(device)
+    sequence = torch.searchsorted(starts, query_at, right=True) - 1
+    key_sequence = torch.searchsorted(key_starts, key_at, right=True) - 1
+    position = query_at - starts[sequence] + query_offset
+    return sequence[:, None], position[:, None], key_sequence, key_at - key_starts[key_sequence]
+
+
+def _visible(sequence, position, key_sequence, key_position, is_causal, window_left, window_right):
+    """bool ``[Tq, Tk]``"""
+    visible = sequence == key_sequence
+    distance = key_position - position
+    if is_causal:
+        visible = visible & (distance <= 0)
+    if window_left >= 0:
+        visible = visible & (distance >= -window_left)
+    if window_right >= 0:
+        visible = visible & (distance <= window_right)
+    return visible
+
+
+def _biased(scores, attn_bias, alibi_slopes, positions):
+    if attn_bias is not None and attn_bias.dtype != torch.bool:
+        scores = scores + attn_bias.to(scores.dtype)
+    elif attn_bias is not None:
+        scores = scores.masked_fill(~attn_bias, -math.inf)
+    if alibi_slopes is not None:
+        _, position, _, key_position = positions
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * (position - key_position).abs()
+    return scores
+
+
+def _kept(scores, thresholds, threshold, rule):
+    """The support. A row with undefined scores keeps exactly those, so that its output is undefined too."""
+    if scores.shape[3] == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    cut = _cut(scores, thresholds, threshold, rule)
+    undefined = scores.isnan()
+    kept = (scores > cut if rule == "entmax" else scores >= cut) & (scores > -math.inf)
+    return torch.where(undefined.any(-1, keepdim=True), undefined, kept)
+
+
+def _cut(scores, thresholds, threshold, rule):
+    """The score from which on a key of the row is kept (of entmax: above which)."""
+    if rule == "absolute":
+        return thresholds.to(scores.dtype)
+    if rule == "relative":
+        return scores.amax(-1, keepdim=True) + thresholds.log().to(scores.dtype)
+    ordered = scores.sort(-1, descending=True).values
+    if rule == "topk":
+        return ordered[..., min(int(threshold), scores.shape[3]) - 1].unsqueeze(-1)
+    if rule == "topp":
+        enough = ordered.softmax(-1).nan_to_num(0).cumsum(-1) >= threshold
+        fewest = torch.where(enough.any(-1), enough.int().argmax(-1), scores.shape[3] - 1)
+        return ordered.gather(-1, fewest.unsqueeze(-1))
+    size = _entmax_size((threshold - 1) * ordered, threshold)
+    inside = torch.arange(scores.shape[3], device=scores.device) < size
+    return _entmax_tau((threshold - 1) * ordered, inside, threshold) / (threshold - 1)
+
+
+def _entmax_size(ordered, alpha):
+    """The size of the support, ``[..., 1]``, from scores in descending order, each times alpha - 1."""
+    ranks = torch.arange(1, ordered.shape[-1] + 1, dtype=ordered.dtype, device=ordered.device)
+    below = ordered - ordered[..., :1]  # moments of what lies below the largest: squares of large scores would cancel
+    mean = below.nan_to_num(neginf=-1e30).cumsum(-1) / ranks
+    if alpha == 2:
+        inside = below > mean - 1 / ranks
+    else:
+        spread = below.nan_to_num(neginf=-1e15).square().cumsum(-1) - ranks * mean.square()
+        inside = below > mean - ((1 - spread) / ranks).clamp(min=0).sqrt()
+    return inside.sum(-1, keepdim=True)
+
+
+def _entmax_tau(scores, kept, alpha):
+    """tau of sum relu(scores - tau)^(1 / (alpha - 1)) = 1, where these are positive for what is kept alone."""
+    number = kept.sum(-1, keepdim=True).clamp(min=1)
+    top = scores.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    top = top.masked_fill(~kept.any(-1, keepdim=True), 0)
+    below = (scores - top).masked_fill(~kept, 0)
+    mean = below.sum(-1, keepdim=True) / number
+    if alpha == 2:
+        return top + mean - 1 / number
+    spread = (below - mean).masked_fill(~kept, 0).square().sum(-1, keepdim=True)
+    return top + mean - ((1 - spread) / number).clamp(min=0).sqrt()
+
+
+def _weights(scores, kept, thresholds, threshold, rule, weighting):
+    """Weights ``[B, H, Tq, Tk]`` and slopes ``[B, H, Tq]``; a row without any key has weights 0 and gradient 0."""
+    if scores.shape[3] == 0:
+        return scores, scores.new_zeros(scores.shape[:3])
+    if rule == "entmax":
+        scaled = (threshold - 1) * scores
+        above = (scaled - _entmax_tau(scaled, kept, threshold)).masked_fill(~kept, 0)
+        return above if threshold == 2 else above.square(), scores.new_zeros(scores.shape[:3])
+    some = kept.any(-1, keepdim=True)
+    top = scores.masked_fill(~kept, -math.inf).amax(-1, keepdim=True).masked_fill(~some, 0)
+    relative = rule == "relative"
+    if weighting == "softmax" or not relative:
+        top = top.detach()
+    # What is not kept is replaced before exp, so that its gradient is 0 and never NaN.
+    below = (scores - top).masked_fill(~kept, 0)
+    thresholds = thresholds.to(scores.dtype)
+    if weighting == "rectified":
+        height = below - thresholds.log() if relative else scores.masked_fill(~kept, 0) - thresholds
+        slope = torch.ones_like(top)
+    elif weighting == "shrink":
+        slope = thresholds if relative else (thresholds - top).masked_fill(~some, 0).exp()
+        height = below.exp() - slope
+    else:
+        height, slope = below.exp(), torch.zeros_like(top)
+    height = height.masked_fill(~kept, 0)
+    height = torch.where(height < 0, 0, height)  # rounding at the cut; NaN stays
+    total = height.sum(-1, keepdim=True)
+    slope = torch.where(total == 0, 0, slope.detach() / total.detach()).expand_as(top).squeeze(-1)
+    return height / total.masked_fill(total == 0, 1), slope.contiguous()
+
+
+def _dropped(entries, rows, columns, dropout_p, seed):
+    return entries * kept_by_dropout(rows, columns, dropout_p, seed) / (1 - dropout_p)
 
 
 def _for_each_head(shared, query):
@@ -45,40 +291,3 @@ def _for_each_head(shared, query):
 
 def _sum_of_group(per_head, shared):
     return per_head.unflatten(1, (shared.shape[1], -1)).sum(2)
-
-
-def _scores(query, key, attn_bias, key_padding_mask, is_causal, scale):
-    """Scores ``[B, H, Tq, Tk]``; -inf where a mask forbids."""
-    scores = scale * query @ _for_each_head(key, query).mT
-    if attn_bias is not None and attn_bias.dtype != torch.bool:
-        scores = scores + attn_bias
-    elif attn_bias is not None:
-        scores = scores.masked_fill(~attn_bias, -math.inf)
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
-    if is_causal:
-        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -math.inf)
-    return scores
-
-
-def _kept(scores, threshold, rule):
-    """The support. A row with undefined scores keeps exactly those, so that its output is undefined too."""
-    scores = scores.detach()
-    cut = threshold
-    if rule == "relative" and scores.shape[3] > 0:
-        cut = scores.amax(-1, keepdim=True) + math.log(threshold)
-    undefined = scores.isnan()
-    return torch.where(undefined.any(-1, keepdim=True), undefined, (scores >= cut) & (scores > -math.inf))
-
-
-def _softmax(scores, kept):
-    """Softmax over the support; a row without any has weights 0 and gradient 0."""
-    if scores.shape[3] == 0:
-        return scores
-    top = scores.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
-    top = top.masked_fill(~kept.any(-1, keepdim=True), 0)
-    # What is not kept is replaced before exp, so that its gradient is 0 and never NaN.
-    weights = (scores - top).masked_fill(~kept, 0).exp().masked_fill(~kept, 0)
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1)

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../activations.h"
-#include "../kernels.h"
 #include "../numbers.h"
+#include "table.h"
 
 namespace {
 

@@ -9,9 +9,9 @@
 #pragma once
 
 #include "../activations.h"
-#include "../kernels.h"
 #include "../panels.h"
 #include "dots.h"
+#include "table.h"
 
 namespace {
 

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "../activations.h"
-#include "../kernels.h"
 #include "../shuffle.h"
 #include "elements.h"
+#include "table.h"
 
 namespace {
 

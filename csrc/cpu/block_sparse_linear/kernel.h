@@ -14,13 +14,13 @@
 #pragma once
 
 #include "../activations.h"
-#include "../kernels.h"
 #include "../shuffle.h"
 #include "activate.h"
 #include "batch_lanes.h"
 #include "dots.h"
 #include "elements.h"
 #include "sampled.h"
+#include "table.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // The sampled product: a block [M outputs, R vectors of inputs] stays in registers over the batch.
 #pragma once
 
-#include "../kernels.h"
 #include "elements.h"
+#include "table.h"
 
 namespace {
 

@@ -12,8 +12,8 @@
 #pragma once
 
 #include "../activations.h"
-#include "../kernels.h"
 #include "../panels.h"
+#include "table.h"
 
 namespace {
 

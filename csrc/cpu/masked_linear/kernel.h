@@ -10,8 +10,8 @@
 // same order (the row's non-zeros; or panels, then lanes), so results do not depend on the number of threads.
 #pragma once
 
-#include "../kernels.h"
 #include "../panels.h"
+#include "table.h"
 
 namespace {
 

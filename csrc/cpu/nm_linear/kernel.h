@@ -13,8 +13,8 @@
 // order of panels, then lanes: nothing depends on threads.
 #pragma once
 
-#include "../kernels.h"
 #include "../panels.h"
+#include "table.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>

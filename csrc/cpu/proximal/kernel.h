@@ -7,9 +7,9 @@
 // A weight's arithmetic depends on where it lies, never on who computes it.
 #pragma once
 
-#include "../kernels.h"
 #include "../numbers.h"
 #include "../vector_math.h"
+#include "table.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 // each has the cache for itself.
 #pragma once
 
-#include "../kernels.h"
+#include "table.h"
 #include "vectors.h"
 
 namespace {

@@ -13,9 +13,9 @@
 // equal scores; the rest depends on a row alone. So results do not depend on the split over threads.
 #pragma once
 
-#include "../kernels.h"
 #include "backward.h"
 #include "bounds.h"
+#include "table.h"
 #include "vectors.h"
 
 namespace {
