@@ -31,7 +31,7 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     INSTRUCTION_SETS["avx512"] = INSTRUCTION_SETS["avx2"] + AVX512
-    INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + ["-mavx512bf16"]
+    INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + ["-mavx512bf16", "-mavx512vnni"]
 # Debug information, which Python's own flags ask for, is a quarter of the time.
 TORCH_FREE_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"

@@ -15,11 +15,12 @@ constexpr Kernels avx2 = {"avx2",          &block_sparse_avx2, &masked_avx2,  &d
 constexpr Kernels avx512 = {"avx512",          &block_sparse_avx512, &masked_avx512,  &dag_avx512,
                             &attention_avx512, &nm_avx512,           &proximal_avx512};
 
-// avx512 but for products of bfloat16.
+// avx512 but for products of bfloat16, and attention whose screen multiplies bytes.
 Kernels avx512_bf16() {
   static const BlockSparseTable table = {block_sparse_avx512.f32, block_sparse_avx512.f64, block_sparse_avx512_bf16,
                                          block_sparse_avx512.f16};
-  return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention_avx512, &nm_avx512, &proximal_avx512};
+  static const AttentionTable attention = {attention_avx512_vnni, attention_avx512.f64};
+  return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention, &nm_avx512, &proximal_avx512};
 }
 
 bool has_avx2() {
@@ -37,7 +38,8 @@ Kernels choose() {
   const auto capped_to = [&](const char* isa) { return cap && !std::strcmp(cap, isa); };
   if (capped_to("scalar") || !has_avx2()) return scalar;
   if (capped_to("avx2") || !has_avx512()) return avx2;
-  if (capped_to("avx512") || !__builtin_cpu_supports("avx512bf16")) return avx512;
+  const bool more = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (capped_to("avx512") || !more) return avx512;
   return avx512_bf16();
 #else
   return scalar;

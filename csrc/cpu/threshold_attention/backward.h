@@ -8,6 +8,8 @@
 // each has the cache for itself.
 #pragma once
 
+#include "bounds.h"
+#include "philox.h"
 #include "table.h"
 #include "vectors.h"
 
@@ -15,15 +17,60 @@ namespace {
 
 using namespace compsparse;
 
+// Gradients of the weights of a row -> those of its scores, in place; returns that of its cut.
 template <typename T, int L>
-void score_gradient(const AttentionGradient<T>& g, const T* grad, const T* values, Range entries) {
-  const int64_t count = entries.end - entries.begin;
-  const int32_t* columns = g.col_idx + entries.begin;
-  const T* weights = g.weights + entries.begin;
-  T* score_grad = g.score_grad + entries.begin;
-  gather_dots<T, L>(values, g.value.stride, g.size.value_width, columns, count, grad, score_grad);
-  const T mean = dot<T, L>(weights, score_grad, count);
-  for (int64_t e = 0; e < count; ++e) score_grad[e] = weights[e] * (score_grad[e] - mean);
+T entmax_gradient(const AttentionGradient<T>& g, const T* weights, T* grads, int64_t count) {
+  const bool sparsemax = g.threshold == 2;
+  const auto steepness = [&](int64_t e) { return sparsemax ? T(1) : T(root(double(weights[e]))); };
+  T weighted = 0, total = 0;
+  for (int64_t e = 0; e < count; ++e) weighted += steepness(e) * grads[e], total += steepness(e);
+  const T center = weighted / total;
+  for (int64_t e = 0; e < count; ++e) grads[e] = steepness(e) * (grads[e] - center);
+  return 0;
+}
+
+// What the row's largest score, from which the rule relative counts, takes of the gradients of all.
+template <typename T>
+void take_from_largest(const T* weights, T* grads, int64_t count) {
+  const T largest = largest_of(weights, count);
+  T total = 0;
+  int64_t holders = 0;
+  for (int64_t e = 0; e < count; ++e) total += grads[e], holders += weights[e] == largest;
+  for (int64_t e = 0; e < count; ++e)
+    if (weights[e] == largest) grads[e] -= total / T(holders);
+}
+
+template <typename T, int L>
+T weighted_gradient(const AttentionGradient<T>& g, const T* weights, T slope, T* grads, int64_t count) {
+  const T center = dot<T, L>(weights, grads, count);
+  if (g.weighting == Weighting::softmax) {
+    for (int64_t e = 0; e < count; ++e) grads[e] = weights[e] * (grads[e] - center);
+    return 0;
+  }
+  const bool shrink = g.weighting == Weighting::shrink;
+  T total = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    const T centered = grads[e] - center;
+    total += centered;
+    grads[e] = (shrink ? weights[e] + slope : slope) * centered;
+  }
+  if (g.rule == Rule::relative) take_from_largest(weights, grads, count);
+  return -slope * total;
+}
+
+template <typename T, int L>
+void score_gradient(const AttentionGradient<T>& g, int64_t row, const T* grad, const T* values) {
+  const int64_t begin = g.row_ptr[row], count = g.row_ptr[row + 1] - begin;
+  const int32_t* columns = g.col_idx + begin;
+  const T* weights = g.weights + begin;
+  T* grads = g.score_grad + begin;
+  gather_dots<T, L>(values, g.value.stride, g.size.value_width, columns, count, grad, grads);
+  if (g.dropped) {
+    drop(g.seed, g.dropout, uint64_t(row), columns, count, weights, g.dropped + begin);
+    drop(g.seed, g.dropout, uint64_t(row), columns, count, grads, grads);
+  }
+  g.cut_grad[row] = g.rule == Rule::entmax ? entmax_gradient<T, L>(g, weights, grads, count)
+                                           : weighted_gradient<T, L>(g, weights, g.slopes[row], grads, count);
 }
 
 // Queries of one head, which begins at row `first` of the support.
@@ -31,10 +78,9 @@ template <typename T, int L>
 void backward_queries(const AttentionGradient<T>& g, int64_t b, int64_t h, int64_t first, Range queries) {
   const int64_t kv_head = h / (g.size.heads / g.size.kv_heads);
   const T* grad = g.grad.head(b, h);
-  const T* values = g.value.head(b, kv_head);
   const int64_t* ptr = g.row_ptr + first;
   for (int64_t i = queries.begin; i < queries.end; ++i)
-    score_gradient<T, L>(g, grad + i * g.grad.stride, values, {ptr[i], ptr[i + 1]});
+    score_gradient<T, L>(g, first + i, grad + i * g.grad.stride, g.value.head(b, kv_head));
   for (int64_t i = queries.begin; i < queries.end; ++i)
     gather_sum<T, L, 4>(g.key.head(b, kv_head), g.key.stride, g.size.width, g.col_idx + ptr[i], g.score_grad + ptr[i],
                         ptr[i + 1] - ptr[i], T(g.scale), g.query_grad.head(b, h) + i * g.query_grad.stride);
@@ -84,7 +130,7 @@ void sum_over_queries(const AttentionGradient<T>& g, int64_t b, int64_t kv_head,
 
 template <typename T, int L>
 void attention_backward_keys(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys) {
-  sum_over_queries<T, L>(g, b, kv_head, keys, g.grad, g.weights, T(1), g.size.value_width, g.value_grad);
+  sum_over_queries<T, L>(g, b, kv_head, keys, g.grad, g.shares, T(1), g.size.value_width, g.value_grad);
   sum_over_queries<T, L>(g, b, kv_head, keys, g.query, g.score_grad, T(g.scale), g.size.width, g.key_grad);
 }
 

@@ -4,6 +4,7 @@
 // roundings on any path and gamma = n u / (1 - n u), the standard bound for a sum of products in any order, and
 // Cauchy-Schwarz,
 //   |x - s| <= gamma |scale| |q| |k| + u |x| + n (1 + |k|) (smallest normal number)  =:  a + u |x|;
+// where ALiBi takes fl(slope distance) from a score, its own rounding and that of the sum before it add 4 u of it to a;
 // the last term is for underflow, of which there is at most one smallest normal number a step, in a product or in a
 // scaled query. Norms are computed in double and rounded up. Where T overflows, a is infinite or NaN, every comparison
 // with it fails, and a key counts as undecided, never as dropped.
@@ -58,10 +59,11 @@ class ScreenError {
  public:
   ScreenError() = default;
 
-  // Upper bounds of |scale| |q| and of |k| for every key of the row.
-  ScreenError(double query, double key, int64_t width) {
+  // Upper bounds of |scale| |q|, of |k| for every key of the row, and of what ALiBi takes from a score.
+  ScreenError(double query, double key, double alibi, int64_t width) {
     const double n = double(width + 4) * Rounding<T>::unit;
-    absolute_ = n / (1 - n) * query * key + double(width + 4) * Rounding<T>::smallest_normal * (1 + key);
+    absolute_ = n / (1 - n) * query * key + 4 * Rounding<T>::unit * alibi +
+                double(width + 4) * Rounding<T>::smallest_normal * (1 + key);
   }
 
   // Below this screened score a key's exact score is certainly under c. Finite, so that masked keys (-inf) are under
@@ -72,10 +74,10 @@ class ScreenError {
     return x >= lowest ? T(x) : T(lowest);
   }
 
-  // From this screened score on a key's exact score is certainly c or more.
+  // From this screened score on a key's exact score is certainly c or more. Infinite where there is no such bound.
   T above(double c) const {
-    const double y = c + absolute_;
-    return T(y + 8 * Rounding<T>::unit * __builtin_fabs(y));
+    const double y = c + absolute_, x = y + 8 * Rounding<T>::unit * __builtin_fabs(y);
+    return x == x ? T(x) : T(__builtin_inf());
   }
 
   // The least and the largest exact score of a key with this screened score.
@@ -83,7 +85,7 @@ class ScreenError {
   double at_most(T screened) const { return screened + absolute_ + relative(screened); }
 
  private:
-  static double relative(T screened) { return 2 * Rounding<T>::unit * __builtin_fabs(double(screened)); }
+  static double relative(T screened) { return 4 * Rounding<T>::unit * __builtin_fabs(double(screened)); }
 
   double absolute_;
 };

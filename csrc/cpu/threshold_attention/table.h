@@ -25,7 +25,12 @@ struct AttentionSizes {
   int64_t value_width;
 };
 
-// s_ij = scale q_i . k_j + bias_ij. Query i keeps key j where s_ij >= cut (absolute) or s_ij >= max_j s_ij + cut.
+enum class Rule : int32_t { relative, absolute, topk, topp, entmax };
+
+enum class Weighting : int32_t { softmax, shrink, rectified };
+
+// s_ij = scale q_i . k_j + bias_ij - slope |p_i - j| for the keys j that query i sees, p_i being its own place among
+// them. The rule with its threshold says which keys it keeps (ops/threshold_attention/contract.py).
 template <typename T>
 struct Attention {
   AttentionSizes size;
@@ -34,24 +39,44 @@ struct Attention {
   const T* bias;        // float bias or null, strides in bias_strides (0 where it is broadcast)
   const uint8_t* mask;  // bool bias (true = may attend) or null, same strides
   int64_t bias_strides[4];
-  const uint8_t* padding;  // [batch, keys], true = no query sees this key; or null
-  const T* packed_keys;    // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`
-  const double* norms;     // [batch, kv_heads, panels]: the largest norm of a key in the panel
-  double scale;
-  double cut;
-  bool absolute;
+  const uint8_t* padding;     // [batch, keys], true = no query sees this key; or null
+  const float* alibi_slopes;  // [heads] or null
+  const double* thresholds;   // of each batch, head and query; or null: `threshold` for all
+  int64_t threshold_strides[3];
+  const int64_t* query_starts;  // [sequences + 1] or null: one sequence
+  const int64_t* key_starts;
+  int64_t sequences;
+  double threshold;
+  Rule rule;
+  Weighting weighting;
   bool causal;
+  int64_t window_left;  // keys before a query's own place that it sees, and after it; -1: all
+  int64_t window_right;
+  int64_t query_offset;
+  double scale;
+  double dropout;
+  uint64_t seed;
+  const T* packed_keys;          // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`, or null
+  const double* norms;           // [batch, kv_heads, panels]: the largest norm of a key in the panel
+  const uint8_t* index;          // by `pack_index`, or null
+  int64_t index_stride;          // of a key-value head
+  const uint8_t* finite_values;  // [batch, kv_heads]: all values are finite; or null: not known
 };
 
 // What one thread needs for a block of queries; kept keys of row r: columns[r * row_capacity ...], counts[r] of them.
 template <typename T>
 struct AttentionScratch {
   T* queries;        // [block_queries, width], scaled
+  int8_t* codes;     // [block_queries, width rounded up to 4], of the index
   T* scores;         // [block_queries, score_stride]
   int64_t* counts;   // [block_queries]
   int32_t* columns;  // [block_queries, row_capacity]
   T* weights;        // [block_queries, row_capacity]
+  T* spare;          // [2, row_capacity]
+  T* log_sums;       // [block_queries]
+  T* slopes;         // [block_queries]
   int64_t row_capacity;
+  bool with_support;  // are the kept keys, their weights, log_sums and slopes wanted?
 };
 
 // The support of every query and the gradients that flow through it; row = (b * heads + h) * queries + i.
@@ -62,9 +87,18 @@ struct AttentionGradient {
   const int64_t* row_ptr;  // [rows + 1]
   const int32_t* col_idx;  // [nnz], ascending in each row
   const T* weights;        // [nnz]
+  const T* slopes;         // [rows]
+  const T* shares;         // [nnz]: the weights after dropout
+  T* dropped;              // the same, where there is any; else null
   T* score_grad;           // [nnz]
+  T* cut_grad;             // [rows]
   Heads<T> query_grad, key_grad, value_grad;
+  double threshold;
+  Rule rule;
+  Weighting weighting;
   double scale;
+  double dropout;
+  uint64_t seed;
 };
 
 template <typename T>
@@ -75,7 +109,10 @@ struct AttentionKernels {
   int64_t slack;  // elements that `forward` may write past a row's last candidate
   void (*pack_keys)(const Attention<T>&, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms);
   void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
-  void (*backward_rows)(const AttentionGradient<T>&, Range rows);                              // score_grad, query_grad
+  // By the index alone; false where too many keys are candidates, and nothing is done. Null: no index here.
+  bool (*forward_indexed)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
+  void (*pack_index)(const T* keys, int64_t stride, int64_t width, Range which, uint8_t* index);
+  void (*backward_rows)(const AttentionGradient<T>&, Range rows);  // score_grad, cut_grad, query_grad, dropped
   void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys);  // key_grad, value_grad
 };
 
@@ -84,6 +121,11 @@ struct AttentionTable {
   AttentionKernels<double> f64;
 };
 
+// An index [panels] of so many keys each: codes [width / 4][keys][4], a float scale for each key, bounds.
+constexpr int64_t index_panel_keys = 64;
+constexpr int64_t index_panel_bytes(int64_t width) { return index_panel_keys * ((width + 3) / 4 * 4 + 4) + 64; }
+
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
+extern const AttentionKernels<float> attention_avx512_vnni;
 
 }  // namespace compsparse

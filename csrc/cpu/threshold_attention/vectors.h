@@ -68,15 +68,52 @@ COMPSPARSE_INLINE uint32_t not_below(Vec<T, L> v, T bound) {
   return bits;
 }
 
+// Bit i is set where v[i] is not a number.
+template <typename T, int L>
+COMPSPARSE_INLINE uint32_t unordered(Vec<T, L> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(T) * L == 32 && sizeof(T) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+  if constexpr (sizeof(T) * L == 32 && sizeof(T) == 8)
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)v, _CMP_UNORD_Q));
+#endif
+  uint32_t bits = 0;
+  for (int i = 0; i < L; ++i) bits |= uint32_t(v[i] != v[i]) << i;
+  return bits;
+}
+
+// The lanes whose bit is set; -inf in the others.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> keep_lanes(Vec<T, L> v, uint32_t bits) {
+  const Vec<T, L> hidden = Vec<T, L>{} - T(__builtin_inf());
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4)
+    return (Vec<T, L>)_mm512_mask_mov_ps((__m512)hidden, bits, (__m512)v);
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8)
+    return (Vec<T, L>)_mm512_mask_mov_pd((__m512d)hidden, bits, (__m512d)v);
+#endif
+  Vec<T, L> kept = hidden;
+  for (int i = 0; i < L; ++i) kept[i] = bits >> i & 1 ? v[i] : hidden[i];
+  return kept;
+}
+
 // Writes the lanes whose bit is set, and returns how many; up to L elements of `to` are overwritten.
 template <typename T, int L>
 COMPSPARSE_INLINE int64_t compress(Vec<T, L> v, uint32_t bits, T* to) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) * L == 64) {
     if constexpr (sizeof(T) == 4)
-      _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, (__m512)v));
+      _mm512_storeu_ps(reinterpret_cast<float*>(to), _mm512_maskz_compress_ps(bits, (__m512)v));
     else
       _mm512_storeu_pd(to, _mm512_maskz_compress_pd(bits, (__m512d)v));
+    return __builtin_popcount(bits);
+  }
+  if constexpr (sizeof(T) == 4 && L == 8) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), _mm256_maskz_compress_ps(bits, (__m256)v));
     return __builtin_popcount(bits);
   }
 #endif

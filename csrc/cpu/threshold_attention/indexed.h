@@ -1,0 +1,262 @@
+// Forward by the index: 8-bit scores of all keys, full precision for those alone that these can't exclude.
+//
+//   screen    products of codes, 16 keys at a time, go to a strip of scores. A score less the panel's error is
+//   certainly
+//             reached: the largest of these is a lower bound of the row's maximum. A score plus the error that falls
+//             short of what the threshold makes of that bound is certainly dropped; the others are candidates.
+//   score     candidates again, in float from the keys themselves, several at once: now these are the screened scores
+//   of refine    kernel.h, with their small error, and all goes on as there.
+#pragma once
+
+#include <immintrin.h>
+
+#include "finish.h"
+#include "index.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t kIndexLanes = 16, kIndexVectors = 4, kIndexRows = 6;
+static_assert(index_panel_keys == kIndexLanes * kIndexVectors);
+constexpr int64_t kIndexStrip = strip_keys<float>();
+// With more candidates than this share a block of queries is computed faster by tiles of full precision.
+constexpr double kMostCandidates = 0.12;
+constexpr int64_t kSampledPanels = 4;
+
+// sum += four products of bytes, unsigned and signed, in each lane. By the intrinsic gcc 12 copies the sum back and
+// forth, and takes twice the time.
+COMPSPARSE_INLINE void add_products(__m512i& sum, __m512i key, __m512i query) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(key), "v"(query));
+}
+
+// scores[m][0 .. 64) = M queries against one panel of codes
+template <int M>
+__attribute__((noinline)) void code_tile(const int8_t* codes, const CodedQuery* queries, int64_t padded,
+                                         const uint8_t* panel, float* scores) {
+  __m512i acc[M][kIndexVectors];
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) acc[m][r] =
+      _mm512_set1_epi32(queries[m].correction);
+  for (int64_t d = 0; d < padded; d += kCodesTogether, panel += index_panel_keys * kCodesTogether) {
+    __m512i key[kIndexVectors];
+    COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) key[r] = _mm512_loadu_si512(panel + 64 * r);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+      int32_t four;
+      __builtin_memcpy(&four, codes + m * padded + d, 4);
+      const __m512i query = _mm512_set1_epi32(four);
+      COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) add_products(acc[m][r], key[r], query);
+    }
+  }
+  const auto* scales = reinterpret_cast<const float*>(panel);
+  COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) {
+    const __m512 scale = _mm512_loadu_ps(scales + r * kIndexLanes);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][r]), scale);
+      _mm512_storeu_ps(scores + m * score_stride<float>() + r * kIndexLanes,
+                       _mm512_mul_ps(product, _mm512_set1_ps(queries[m].factor)));
+    }
+  }
+}
+
+template <int M>
+void code_rows(const int8_t* codes, const CodedQuery* queries, int64_t count, int64_t padded, const uint8_t* panel,
+               float* scores) {
+  for (; count >= M; count -= M, codes += M * padded, queries += M, scores += M * score_stride<float>())
+    code_tile<M>(codes, queries, padded, panel, scores);
+  if constexpr (M > 1) {
+    if (count > 0) code_rows<M / 2>(codes, queries, count, padded, panel, scores);
+  }
+}
+
+// Below this screened score a key whose score may be off by `error` certainly is not in the support. Finite, so that
+// masked keys (-inf) are under it.
+inline float drop_below(const QueryState<float>& q, double reached, double error) {
+  const double y = (q.from_top ? reached : 0) + q.cut - error, x = y - 8 * Rounding<float>::unit * __builtin_fabs(y);
+  return x >= -double(__FLT_MAX__) ? float(x) : -__FLT_MAX__;
+}
+
+// The largest score less its error, of `count` keys; what is not a number has no part.
+inline double certainly_reached(const float* scores, int64_t count, const double* errors) {
+  const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+  __m512 best[kIndexVectors] = {lowest, lowest, lowest, lowest};
+  double largest_error = 0;
+  for (int64_t j = 0; j < count; j += index_panel_keys) {
+    const double error = errors[j / index_panel_keys];
+    if (!(error < double(__FLT_MAX__))) continue;
+    largest_error = error > largest_error ? error : largest_error;
+    const __m512 less = _mm512_set1_ps(float(error * (1 + 0x1p-22)));
+    COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) {
+      if (j + r * kIndexLanes >= count) break;
+      const __m512 some = _mm512_loadu_ps(scores + j + r * kIndexLanes);
+      best[r] = _mm512_max_ps(_mm512_sub_ps(some, less), best[r]);  // the second where one is not a number
+    }
+  }
+  best[0] = _mm512_max_ps(_mm512_max_ps(best[0], best[1]), _mm512_max_ps(best[2], best[3]));
+  const double top = _mm512_reduce_max_ps(best[0]);
+  return top - 8 * Rounding<float>::unit * (__builtin_fabs(top) + largest_error);
+}
+
+// Panels of a strip for the queries of a block: products of codes, then bias and masks.
+struct IndexStrip {
+  const uint8_t* index;
+  int64_t width;
+  const CodedQuery* coded;
+  int64_t num_rows;
+
+  const uint8_t* panel(int64_t number) const { return index + number * index_panel_bytes(width); }
+  double error(int64_t row, int64_t number) const { return coded[row].error(bounds_of(panel(number), width)); }
+
+  void screen(const AttentionScratch<float>& scratch, int64_t number, int64_t at) const {
+    code_rows<kIndexRows>(scratch.codes, coded, num_rows, padded_width(width), panel(number), scratch.scores + at);
+  }
+};
+
+// Looks at a few panels all over the keys: what they certainly reach is a first bound of each row's maximum, and the
+// share of candidates among them tells whether the index is worth it.
+inline double sampled_share(const Attention<float>& a, const QueryState<float>* rows, const IndexStrip& strip,
+                            Range panels, const AttentionScratch<float>& scratch, double* reached) {
+  const int64_t number = panels.end - panels.begin;
+  const int64_t samples = number < 2 * kSampledPanels ? 1 : kSampledPanels;
+  int64_t found = 0, seen = 0, sampled[kSampledPanels];
+  for (int64_t s = 0; s < samples; ++s) {
+    sampled[s] = panels.begin + (2 * s + 1) * number / (2 * samples);
+    strip.screen(scratch, sampled[s], s * index_panel_keys);
+  }
+  for (int64_t r = 0; r < strip.num_rows; ++r) {
+    float* scores = scratch.scores + r * score_stride<float>();
+    int64_t counts[kSampledPanels];
+    for (int64_t s = 0; s < samples; ++s) {
+      float* some = scores + s * index_panel_keys;
+      counts[s] = finish_scores<float, kIndexLanes>(a, rows[r], sampled[s] * index_panel_keys, index_panel_keys, some);
+      const double error = strip.error(r, sampled[s]);
+      reached[r] = larger_of(reached[r], certainly_reached(some, counts[s], &error));
+    }
+    for (int64_t s = 0; s < samples; ++s) {
+      const float least = drop_below(rows[r], reached[r], strip.error(r, sampled[s]));
+      for (int64_t i = 0; i < counts[s]; i += kIndexLanes) {
+        const Vec<float, kIndexLanes> some = load<float, kIndexLanes>(scores + s * index_panel_keys + i);
+        found += __builtin_popcount(not_below<float, kIndexLanes>(some, least));
+      }
+      seen += counts[s];
+    }
+  }
+  return double(found) / double(seen > 0 ? seen : 1);
+}
+
+// The keys [first, first + count) of a strip whose scores lie ready -> candidates; returns how many.
+inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& strip, int64_t row, int64_t first,
+                               int64_t count, const float* scores, double& reached, int32_t* columns) {
+  double errors[kIndexStrip / index_panel_keys];
+  for (int64_t p = 0; p < ceil_div(count, index_panel_keys); ++p)
+    errors[p] = strip.error(row, first / index_panel_keys + p);
+  if (q.from_top) reached = larger_of(reached, certainly_reached(scores, count, errors));
+  int64_t found = 0;
+  for (int64_t j = 0; j < count; j += index_panel_keys) {
+    const float least = drop_below(q, reached, errors[j / index_panel_keys]);
+    for (int64_t i = j; i < min64(j + index_panel_keys, count); i += kIndexLanes) {
+      const uint32_t bits = not_below<float, kIndexLanes>(load<float, kIndexLanes>(scores + i), least);
+      compress_columns<kIndexLanes>(int32_t(first + i), bits, columns + found);
+      found += __builtin_popcount(bits);
+    }
+  }
+  return found;
+}
+
+// The sums of four vectors, each in the same order.
+inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // of a b c d, in each 128 bits
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// dots[e] = x . rows[columns[e]], four at a time; the last few together with repeats of one of them.
+inline void dots_of_four(const float* rows, int64_t stride, int64_t width, const int32_t* columns, int64_t count,
+                         const float* x, float* dots) {
+  const auto last = __mmask16((1u << width % kIndexLanes) - 1);
+  for (int64_t e = 0; e < count; e += 4) {
+    const float* row[4];
+    COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) row[i] = rows + columns[min64(e + i, count - 1)] * stride;
+    __m512 acc[4];
+    COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] = _mm512_setzero_ps();
+    int64_t d = 0;
+    for (; d + kIndexLanes <= width; d += kIndexLanes) {
+      const __m512 some = _mm512_loadu_ps(x + d);
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] = _mm512_fmadd_ps(some, _mm512_loadu_ps(row[i] + d), acc[i]);
+    }
+    if (last) {
+      const __m512 some = _mm512_maskz_loadu_ps(last, x + d);
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] =
+          _mm512_fmadd_ps(some, _mm512_maskz_loadu_ps(last, row[i] + d), acc[i]);
+    }
+    _mm_storeu_ps(dots + e, four_sums(acc[0], acc[1], acc[2], acc[3]));  // the buffer has room for a whole last vector
+  }
+}
+
+inline void score_candidates(const Attention<float>& a, const QueryState<float>& q, const float* scaled,
+                             const int32_t* columns, int64_t count, float* scores) {
+  const float* keys = a.key.head(q.b, q.h / (a.size.heads / a.size.kv_heads));
+  dots_of_four(keys, a.key.stride, a.size.width, columns, count, scaled, scores);
+  if (a.bias) {
+    const float* bias = a.bias + bias_offset(a, q);
+    for (int64_t e = 0; e < count; ++e) scores[e] += bias[columns[e] * a.bias_strides[3]];
+  }
+  if (a.alibi_slopes)
+    for (int64_t e = 0; e < count; ++e)
+      scores[e] -= float(q.alibi) * float(__builtin_llabs(q.sight.place - columns[e]));
+}
+
+template <class Target>
+bool forward_indexed(const Attention<float>& a, int64_t b, int64_t h, Range queries,
+                     const AttentionScratch<float>& scratch) {
+  static_assert(Target::Lanes == kIndexLanes);
+  if (a.rule == Rule::topk) return false;  // the kth largest score has no bound as good as the largest one
+  const int64_t kv_head = h / (a.size.heads / a.size.kv_heads), head = b * a.size.kv_heads + kv_head;
+  const int64_t num_rows = queries.end - queries.begin, width = a.size.width;
+  QueryState<float> rows[kBlockQueries];
+  const Range keys = start_rows(a, b, h, queries, rows, scratch);
+  const Range panels = {keys.begin / index_panel_keys, ceil_div(keys.end, index_panel_keys)};
+  CodedQuery coded[kBlockQueries];
+  const IndexStrip strip = {a.index + head * a.index_stride, width, coded, num_rows};
+  CodeBounds all;
+  for (int64_t p = panels.begin; p < panels.end; ++p) all.include(bounds_of(strip.panel(p), width));
+  double reached[kBlockQueries];
+  for (int64_t r = 0; r < num_rows; ++r) {
+    rows[r].error = error_of(a, rows[r], all.norm);
+    coded[r] =
+        encode_query(rows[r].query, width, a.scale, most_alibi(rows[r]), all, scratch.codes + r * padded_width(width));
+    reached[r] = -__builtin_inf();
+    scratch.counts[r] = 0;
+  }
+  if (panels.begin < panels.end && sampled_share(a, rows, strip, panels, scratch, reached) > kMostCandidates)
+    return false;
+  int64_t found = 0;
+  for (int64_t first = panels.begin * index_panel_keys, end; first < keys.end; first = end) {
+    end = min64(first + kIndexStrip, keys.end);
+    for (int64_t key = first; key < end; key += index_panel_keys)
+      strip.screen(scratch, key / index_panel_keys, key - first);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      float* scores = scratch.scores + r * score_stride<float>();
+      const int64_t count = finish_scores<float, kIndexLanes>(a, rows[r], first, end - first, scores);
+      int32_t* columns = scratch.columns + r * scratch.row_capacity + scratch.counts[r];
+      const int64_t more = collect_indexed(rows[r], strip, r, first, count, scores, reached[r], columns);
+      scratch.counts[r] += more;
+      found += more;
+    }
+    if (double(found) > 2 * kMostCandidates * double((end - keys.begin) * num_rows)) return false;
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* scores = scratch.weights + r * scratch.row_capacity;
+    const int64_t count = scratch.counts[r];
+    score_candidates(a, rows[r], scratch.queries + r * width, scratch.columns + r * scratch.row_capacity, count,
+                     scores);
+    fill_last_vector<float, kIndexLanes>(scores, count);
+    rows[r].top = largest_score<float, kIndexLanes>(scores, count);
+    finish_row<float, Target>(a, rows[r], r, scratch);
+  }
+  return true;
+}
+
+}  // namespace

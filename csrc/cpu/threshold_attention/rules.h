@@ -1,0 +1,139 @@
+// The rules that are solved on a short list of candidates: top-k, top-p, entmax.
+#pragma once
+
+#include "refine.h"
+
+namespace {
+
+template <typename T>
+COMPSPARSE_INLINE void exchange(T& a, T& b) {
+  const T other = a;
+  a = b;
+  b = other;
+}
+
+// Scores in order of their size as far as it takes to find the place where `enough` is reached: the largest score v
+// such that gain(scores >= v) is enough. Quickselect with three parts, since many scores may be equal. Both arrays are
+// shuffled; `gains` may be null: each score counts 1.
+template <typename T>
+T descend(T* scores, T* gains, int64_t count, double enough) {
+  int64_t begin = 0, end = count;
+  T reached = -__builtin_inf();
+  while (begin < end) {
+    const T a = scores[begin], b = scores[begin + (end - begin) / 2], c = scores[end - 1];
+    const T pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
+    int64_t above = begin, at = begin, below = end;  // [begin, above) larger, [above, at) equal, [below, end) smaller
+    double larger = 0, equal = 0;
+    while (at < below) {
+      const double gain = gains ? double(gains[at]) : 1;
+      if (scores[at] > pivot) {
+        larger += gain;
+        exchange(scores[above], scores[at]);
+        if (gains) exchange(gains[above], gains[at]);
+        ++above, ++at;
+      } else if (scores[at] == pivot) {
+        equal += gain;
+        ++at;
+      } else {
+        --below;
+        exchange(scores[at], scores[below]);
+        if (gains) exchange(gains[at], gains[below]);
+      }
+    }
+    if (larger >= enough && above > begin) {
+      end = above;
+      continue;
+    }
+    reached = pivot;
+    if (larger + equal >= enough) return pivot;
+    enough -= larger + equal;
+    begin = at;
+  }
+  return reached;
+}
+
+// The kth largest of `count` scores, or the least where there are fewer.
+template <typename T>
+T kth_largest(const T* scores, int64_t count, double k, T* spare) {
+  __builtin_memcpy(spare, scores, size_t(count) * sizeof(T));
+  return descend<T>(spare, nullptr, count, k);
+}
+
+// The candidates of the k largest scores, all that equal the kth among them. Those within rounding of it are decided by
+// scores in double.
+template <typename T, int L>
+int64_t keep_largest(const Attention<T>& a, const QueryState<T>& q, int32_t* columns, T* scores, int64_t count,
+                     T* spare, int64_t row_capacity) {
+  const int64_t k = int64_t(q.threshold);
+  if (count <= k) return count;
+  const T kth = kth_largest(scores, count, double(k), spare);
+  const T least = q.error.below(q.error.at_least(kth)), enough = q.error.above(q.error.at_most(kth));
+  int64_t certain = 0, open = 0;
+  auto* exact = reinterpret_cast<double*>(spare);  // 2 row_capacity numbers of T are row_capacity of double
+  for (int64_t e = 0; e < count; ++e) {
+    if (scores[e] >= enough)
+      ++certain;
+    else if (scores[e] >= least && open < row_capacity)
+      exact[open++] = decisive_score(a, q, columns[e], scores[e]);
+  }
+  const double cut = descend<double>(exact, nullptr, open, double(k - certain));
+  return filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t at) {
+    uint32_t bits = not_below<T, L>(some, least);
+    for (uint32_t left = bits & ~not_below<T, L>(some, enough); left; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
+      if (decisive_score(a, q, columns[at + lane], some[lane]) < cut) bits &= ~(1u << lane);
+    }
+    return bits;
+  });
+}
+
+// The fewest keys whose mass is p of all, all that equal the last of them among these.
+template <typename T, int L>
+int64_t keep_mass(const QueryState<T>& q, int32_t* columns, T* scores, int64_t count, T* spare, int64_t row_capacity) {
+  if (q.threshold >= 1) return count;
+  T* masses = spare + row_capacity;
+  double total = 0;
+  for (int64_t e = 0; e < count; e += L) {
+    const Vec<T, L> mass = exp_below_overflow<T, L>(load<T, L>(scores + e) - q.top);
+    store<T, L>(masses + e, mass);
+    store<T, L>(spare + e, load<T, L>(scores + e));
+    for (int lane = 0; lane < L; ++lane) total += double(mass[lane]);
+  }
+  const T cut = descend<T>(spare, masses, count, q.threshold * total);
+  return filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, cut); });
+}
+
+// Scores -> weights relu((alpha - 1) s - tau)^(1 / (alpha - 1)), and the candidates for which they are positive.
+// Newton's method on the convex sum of weights, from the left, never passes tau; and it has arrived where it stands
+// still.
+template <typename T, int L>
+int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t count, T& log_sum) {
+  const double slope = q.threshold - 1;
+  const bool sparsemax = q.threshold == 2;
+  double tau = -1;
+  for (int step = 0; step < 100; ++step) {
+    double value = 0, derivative = 0;
+    for (int64_t e = 0; e < count; ++e) {
+      const double above = slope * (double(scores[e]) - double(q.top)) - tau;
+      if (above <= 0) continue;
+      value += sparsemax ? above : above * above;
+      derivative += sparsemax ? 1 : 2 * above;
+    }
+    const double next = tau + (value - 1) / derivative;
+    if (!(next > tau)) break;
+    tau = next;
+  }
+  int64_t kept = 0;
+  double sum = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    const double below = double(scores[e]) - double(q.top), above = slope * below - tau;
+    if (above <= 0) continue;
+    sum += __builtin_exp(below);
+    columns[kept] = columns[e];
+    scores[kept++] = T(sparsemax ? above : above * above);
+  }
+  log_sum = T(double(q.top) + __builtin_log(sum));
+  return kept;
+}
+
+}  // namespace

@@ -1,0 +1,68 @@
+// Scores of survivors -> weights, as ops/threshold_attention/reference.py defines them.
+#pragma once
+
+#include "query.h"
+
+namespace {
+
+// What a row hands on to the backward.
+template <typename T>
+struct RowSums {
+  T log_sum;  // of e^score over the support
+  T slope;
+};
+
+template <typename T>
+T log_of_sum(T top, double sum) {
+  return T(double(top) + __builtin_log(sum));
+}
+
+template <typename T, int L>
+void divide(T* x, int64_t count, T divisor) {
+  for (int64_t e = 0; e < count; e += L) store<T, L>(x + e, load<T, L>(x + e) / divisor);
+}
+
+// In place. What is -inf gets weight 0, and so does the rest of the last vector.
+template <typename T, int L>
+RowSums<T> softmax(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
+  T base = 0;
+  if (a.weighting == Weighting::shrink) base = T(q.from_top ? q.threshold : __builtin_exp(q.threshold - double(top)));
+  Vec<T, L> all = {}, total = {};
+  for (int64_t e = 0; e < count; e += L) {
+    const Vec<T, L> share = exp_below_overflow<T, L>(load<T, L>(scores + e) - top), height = share - base;
+    const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;  // NaN stays
+    store<T, L>(scores + e, weight);
+    all += share;
+    total += weight;
+  }
+  const T sum = sum_lanes<T, L>(total), log_sum = log_of_sum(top, double(sum_lanes<T, L>(all)));
+  if (sum == 0) return {log_sum, 0};
+  divide<T, L>(scores, count, sum);
+  return {log_sum, base / sum};
+}
+
+template <typename T, int L>
+RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
+  const T from = q.from_top ? top : T(q.cut), cut = q.from_top ? T(q.cut) : T(0);
+  Vec<T, L> all = {}, total = {};
+  for (int64_t e = 0; e < count; e += L) {
+    const Vec<T, L> score = load<T, L>(scores + e), height = score - from - cut;
+    const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;
+    store<T, L>(scores + e, weight);
+    all += exp_below_overflow<T, L>(score - top);
+    total += weight;
+  }
+  const T sum = sum_lanes<T, L>(total), log_sum = log_of_sum(top, double(sum_lanes<T, L>(all)));
+  if (sum == 0) return {log_sum, 0};
+  divide<T, L>(scores, count, sum);
+  return {log_sum, 1 / sum};
+}
+
+template <typename T, int L>
+RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
+  if (!(top > -__builtin_inf())) top = 0;  // nothing is kept, or what is no number
+  return a.weighting == Weighting::rectified ? rectified<T, L>(q, scores, count, top)
+                                             : softmax<T, L>(a, q, scores, count, top);
+}
+
+}  // namespace
