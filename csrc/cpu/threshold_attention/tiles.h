@@ -85,9 +85,7 @@ void score_rows(const T* queries, int64_t count, int64_t width, const T* packed,
 template <typename T, int L, int C, int M>
 void value_tile(const T* weights, int64_t stride, int64_t keys, const T* values, int64_t value_stride, T* to,
                 int64_t to_stride) {
-  Vec<T, L> acc[M][C];
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[m][c] =
-      load<T, L>(to + m * to_stride + c * L);
+  Vec<T, L> acc[M][C] = {};
   for (int64_t key = 0; key < keys; ++key, values += value_stride) {
     Vec<T, L> value[C];
     COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) value[c] = load<T, L>(values + c * L);
@@ -96,8 +94,10 @@ void value_tile(const T* weights, int64_t stride, int64_t keys, const T* values,
       COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[m][c] += value[c] * weight;
     }
   }
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int c = 0; c < C; ++c)
-      store<T, L>(to + m * to_stride + c * L, acc[m][c]);
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) {
+    T* at = to + m * to_stride + c * L;
+    store<T, L>(at, load<T, L>(at) + acc[m][c]);
+  }
 }
 
 template <typename T, int L, int C, int M>

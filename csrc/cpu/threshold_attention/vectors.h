@@ -135,16 +135,24 @@ COMPSPARSE_INLINE void compress_columns(int32_t first, uint32_t bits, int32_t* t
   for (; bits; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
 }
 
-// to[0..width) = factor * sum over e of weights[e] * rows[columns[e]], added in the order of e.
+// to[0..width) = factor * sum over e of weights[e] * rows[columns[e]], added in the order of e: so many at a time, then
+// their sums, for less rounding.
+constexpr int64_t kSumChain = 128;
+
 template <typename T, int L, int C>
 COMPSPARSE_INLINE void gather_sum_chunk(const T* rows, int64_t stride, const int32_t* columns, const T* weights,
                                         int64_t count, T factor, T* to) {
-  Vec<T, L> acc[C] = {};
-  for (int64_t e = 0; e < count; ++e) {
-    const T* row = rows + columns[e] * stride;
-    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[c] += load<T, L>(row + c * L) * weights[e];
+  Vec<T, L> total[C] = {};
+  for (int64_t begin = 0; begin < count; begin += kSumChain) {
+    const int64_t end = begin + kSumChain < count ? begin + kSumChain : count;
+    Vec<T, L> acc[C] = {};
+    for (int64_t e = begin; e < end; ++e) {
+      const T* row = rows + columns[e] * stride;
+      COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[c] += load<T, L>(row + c * L) * weights[e];
+    }
+    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) total[c] += acc[c];
   }
-  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) store<T, L>(to + c * L, acc[c] * factor);
+  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) store<T, L>(to + c * L, total[c] * factor);
 }
 
 template <typename T, int L, int C>
