@@ -124,6 +124,14 @@ struct QueryBlocks {
   }
 };
 
+template <typename T>
+bool all_finite(const T* rows, int64_t stride, int64_t number, int64_t width) {
+  T odd = 0;  // 0 or NaN
+  for (int64_t j = 0; j < number; ++j)
+    for (int64_t d = 0; d < width; ++d) odd += rows[j * stride + d] * T(0);
+  return odd == 0;
+}
+
 // What the kernels need of the keys, made when a block of queries first asks for it.
 template <typename T>
 class PreparedKeys {
@@ -144,22 +152,15 @@ class PreparedKeys {
     const int64_t head = b * a_.size.kv_heads + kv_head;
     std::call_once(once_[head], [&] {
       T* packed = packed_.get() + head * panels_ * kernel_.panel_keys * a_.size.width;
-      kernel_.pack_keys(a_, b, kv_head, {0, panels_}, packed, norms_.get() + head * panels_);
-      finite_[head] = all_finite(b, kv_head);
+      kernel_.pack_keys(a_.key.head(b, kv_head), a_.key.stride, a_.size.keys, a_.size.width, packed,
+                        norms_.get() + head * panels_);
+      finite_[head] = all_finite(a_.value.head(b, kv_head), a_.value.stride, a_.size.keys, a_.size.value_width);
     });
   }
 
  private:
   static int64_t panels_of(const AttentionKernels<T>& kernel, const AttentionSizes& size) {
     return (size.keys + kernel.panel_keys - 1) / kernel.panel_keys;
-  }
-
-  bool all_finite(int64_t b, int64_t kv_head) const {
-    const T* values = a_.value.head(b, kv_head);
-    T odd = 0;  // 0 or NaN
-    for (int64_t j = 0; j < a_.size.keys; ++j)
-      for (int64_t d = 0; d < a_.size.value_width; ++d) odd += values[j * a_.value.stride + d] * T(0);
-    return odd == 0;
   }
 
   const AttentionKernels<T>& kernel_;
@@ -423,23 +424,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> threshold_attention_s
 }
 
 template <typename T>
-void run_backward(const AttentionKernels<T>& kernel, const AttentionGradient<T>& g) {
+bool all_finite(const Heads<const T>& x, int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
+  for (int64_t head = 0; head < batch * heads; ++head)
+    if (!all_finite(x.head(head / heads, head % heads), x.stride, tokens, width)) return false;
+  return true;
+}
+
+template <typename T>
+bool all_finite(const AttentionGradient<T>& g) {
+  const AttentionSizes& size = g.size;
+  return all_finite(g.query, size.batch, size.heads, size.queries, size.width) &&
+         all_finite(g.key, size.batch, size.kv_heads, size.keys, size.width) &&
+         all_finite(g.value, size.batch, size.kv_heads, size.keys, size.value_width) &&
+         all_finite(g.grad, size.batch, size.heads, size.queries, size.value_width);
+}
+
+// Where so much of all places is kept, there may be blocks of queries that keep most of them.
+constexpr double maybe_dense = 0.1;
+
+template <typename T>
+struct BackwardBuffers {
+  BackwardBuffers(const AttentionKernels<T>& kernel, const AttentionSizes& size, bool dense)
+      : stride(dense ? round_up(size.keys, kernel.panel_keys) : 0),
+        rows(make_scratch<T>(kernel.block_queries * size.value_width)),
+        matrix(make_scratch<T>(kernel.block_queries * std::max(stride, kernel.panel_keys))),
+        cursors(new int64_t[size.heads / size.kv_heads * size.queries]) {}
+
+  AttentionBackwardScratch<T> scratch() const { return {rows.get(), matrix.get(), stride, cursors.get()}; }
+
+  int64_t stride;
+  Scratch<T> rows, matrix;
+  std::unique_ptr<int64_t[]> cursors;
+};
+
+template <typename T>
+void run_backward(const AttentionKernels<T>& kernel, AttentionGradient<T>& g) {
   const AttentionSizes& size = g.size;
   const int64_t rows = size.batch * size.heads * size.queries, keys = size.batch * size.kv_heads * size.keys;
   const int64_t work = (g.row_ptr[rows] + rows + keys) * (size.width + size.value_width);
-  const int64_t parts = parts_for(work);
-  for_each_part(parts, [&](int64_t part) { kernel.backward_rows(g, balanced_rows(g.row_ptr, rows, 4, part, parts)); });
+  const int64_t parts = parts_for(work), kv_heads = size.batch * size.kv_heads;
+  if (kv_heads == 0) return;
+  g.finite = double(g.row_ptr[rows]) >= maybe_dense * double(rows) * double(size.keys) && all_finite(g);
+  const int64_t packed_head = round_up(size.keys, kernel.panel_keys) * size.value_width;
+  const Scratch<T> packed = g.finite ? make_scratch<T>(kv_heads * packed_head) : nullptr;
+  if (packed)
+    for (int64_t head = 0; head < kv_heads; ++head)
+      kernel.pack_keys(g.value.head(head / size.kv_heads, head % size.kv_heads), g.value.stride, size.keys,
+                       size.value_width, packed.get() + head * packed_head, nullptr);
+  std::vector<BackwardBuffers<T>> buffers;
+  for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size, g.finite);
+  const QueryBlocks units(size, kernel.block_queries);
+  const int64_t total = units.total(size.batch), group = size.heads / size.kv_heads;
+  std::atomic<int64_t> next{0};
+  for_each_part(parts, [&](int64_t part) {
+    for (int64_t unit; (unit = next++) < total;) {
+      const int64_t head = units.head(unit), b = head / size.heads, h = head % size.heads;
+      const T* values = packed ? packed.get() + (b * size.kv_heads + h / group) * packed_head : nullptr;
+      kernel.backward_rows(g, values, b, h, units.rows(unit), buffers[part].scratch());
+    }
+  });
   // A range of keys whose gradients stay in the L2 cache; more ranges where there are fewer heads than threads.
   constexpr int64_t cache = 512 << 10;
-  const int64_t kv_heads = size.batch * size.kv_heads, splits = 2 * (parts - 1) / std::max<int64_t>(kv_heads, 1);
+  const int64_t splits = 2 * (parts - 1) / kv_heads;
   const int64_t in_cache = cache / (std::max(size.width, size.value_width) * int64_t(sizeof(T)));
-  const int64_t range = std::clamp<int64_t>(std::min(in_cache, size.keys / (splits + 1)), 64, 1 << 20);
+  const int64_t range = round_up(std::clamp<int64_t>(std::min(in_cache, size.keys / (splits + 1)), 64, 1 << 20), 64);
   const int64_t per_head = (size.keys + range - 1) / range;
-  std::atomic<int64_t> next{0};
-  for_each_part(parts, [&](int64_t) {
+  next = 0;
+  for_each_part(parts, [&](int64_t part) {
     for (int64_t unit; (unit = next++) < kv_heads * per_head;) {
       const int64_t head = unit / per_head, begin = unit % per_head * range;
-      kernel.backward_keys(g, head / size.kv_heads, head % size.kv_heads, {begin, std::min(begin + range, size.keys)});
+      kernel.backward_keys(g, head / size.kv_heads, head % size.kv_heads, {begin, std::min(begin + range, size.keys)},
+                           buffers[part].scratch());
     }
   });
 }
@@ -457,7 +512,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_attention_backward(
   by_dtype(rows[0], [&]<typename T>(const AttentionKernels<T>& kernel) {
     const Scratch<T> dropped = dropout_p > 0 ? make_scratch<T>(weights.size(0)) : nullptr;
     const T* stored = static_cast<const T*>(weights.data_ptr());
-    const AttentionGradient<T> g = {
+    AttentionGradient<T> g = {
         .size = sizes_of(query, key, value),
         .query = heads_of<const T>(rows[0]),
         .key = heads_of<const T>(rows[1]),

@@ -20,7 +20,7 @@ constexpr int64_t kIndexLanes = 16, kIndexVectors = 4, kIndexRows = 6;
 static_assert(index_panel_keys == kIndexLanes * kIndexVectors);
 constexpr int64_t kIndexStrip = strip_keys<float>();
 // With more candidates than this share a block of queries is computed faster by tiles of full precision.
-constexpr double kMostCandidates = 0.12;
+constexpr double kMostCandidates = 0.5;
 constexpr int64_t kSampledPanels = 4;
 
 // sum += four products of bytes, unsigned and signed, in each lane. By the intrinsic gcc 12 copies the sum back and
@@ -142,6 +142,23 @@ inline double sampled_share(const Attention<float>& a, const QueryState<float>* 
   return double(found) / double(seen > 0 ? seen : 1);
 }
 
+// Appends first + i for each bit i; a few are written whether they are there or not.
+inline int64_t append_columns(int32_t first, uint64_t bits, int32_t* to) {
+  constexpr int Few = 4;  // no branch on how many there are, which can't be foreseen
+  const int64_t number = __builtin_popcountll(bits);
+  if (number <= Few) {
+    COMPSPARSE_UNROLL for (int i = 0; i < Few; ++i, bits &= bits - 1) to[i] =
+        first + int32_t(__builtin_ctzll(bits | uint64_t(1) << 63));
+    return number;
+  }
+  for (int64_t v = 0, at = 0; v < kIndexVectors; ++v, bits >>= kIndexLanes) {
+    const uint32_t some = bits & 0xffff;
+    compress_columns<kIndexLanes>(first + int32_t(v * kIndexLanes), some, to + at);
+    at += __builtin_popcount(some);
+  }
+  return number;
+}
+
 // The keys [first, first + count) of a strip whose scores lie ready -> candidates; returns how many.
 inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& strip, int64_t row, int64_t first,
                                int64_t count, const float* scores, double& reached, int32_t* columns) {
@@ -152,11 +169,12 @@ inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& str
   int64_t found = 0;
   for (int64_t j = 0; j < count; j += index_panel_keys) {
     const float least = drop_below(q, reached, errors[j / index_panel_keys]);
-    for (int64_t i = j; i < min64(j + index_panel_keys, count); i += kIndexLanes) {
-      const uint32_t bits = not_below<float, kIndexLanes>(load<float, kIndexLanes>(scores + i), least);
-      compress_columns<kIndexLanes>(int32_t(first + i), bits, columns + found);
-      found += __builtin_popcount(bits);
+    uint64_t bits = 0;
+    for (int64_t v = 0; v < min64(kIndexVectors, ceil_div(count - j, kIndexLanes)); ++v) {
+      const Vec<float, kIndexLanes> some = load<float, kIndexLanes>(scores + j + v * kIndexLanes);
+      bits |= uint64_t(not_below<float, kIndexLanes>(some, least)) << (v * kIndexLanes);
     }
+    found += append_columns(int32_t(first + j), bits, columns + found);
   }
   return found;
 }

@@ -212,8 +212,8 @@ constexpr AttentionKernels<T> attention_kernels() {
           forward<T, Target>,
           nullptr,
           nullptr,
-          attention_backward_rows<T, Target::Lanes>,
-          attention_backward_keys<T, Target::Lanes>};
+          attention_backward_rows<T, Target>,
+          attention_backward_keys<T, Target>};
 }
 
 }  // namespace

@@ -99,6 +99,15 @@ struct AttentionGradient {
   double scale;
   double dropout;
   uint64_t seed;
+  bool finite;  // are all numbers of query, key, value and grad?
+};
+
+template <typename T>
+struct AttentionBackwardScratch {
+  T* rows;               // [block_queries, value_width]
+  T* dense;              // [block_queries, dense_stride], and no less than [block_queries, 64]
+  int64_t dense_stride;  // keys rounded up to a whole panel
+  int64_t* cursors;      // [heads / kv_heads * queries]
 };
 
 template <typename T>
@@ -107,13 +116,18 @@ struct AttentionKernels {
   int64_t block_queries;  // most queries of one call of `forward`
   int64_t score_stride;
   int64_t slack;  // elements that `forward` may write past a row's last candidate
-  void (*pack_keys)(const Attention<T>&, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms);
+  // Keys of one head, and the largest norm in each panel where these are wanted.
+  void (*pack_keys)(const T* keys, int64_t stride, int64_t number, int64_t width, T* packed, double* norms);
   void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
   // By the index alone; false where too many keys are candidates, and nothing is done. Null: no index here.
   bool (*forward_indexed)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
   void (*pack_index)(const T* keys, int64_t stride, int64_t width, Range which, uint8_t* index);
-  void (*backward_rows)(const AttentionGradient<T>&, Range rows);  // score_grad, cut_grad, query_grad, dropped
-  void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys);  // key_grad, value_grad
+  // score_grad, cut_grad, query_grad, dropped; `packed` are the head's values by `pack_keys`, or null
+  void (*backward_rows)(const AttentionGradient<T>&, const T* packed, int64_t b, int64_t h, Range queries,
+                        const AttentionBackwardScratch<T>&);
+  // key_grad, value_grad
+  void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys,
+                        const AttentionBackwardScratch<T>&);
 };
 
 struct AttentionTable {

@@ -30,21 +30,18 @@ constexpr int64_t score_stride() {
   return strip_keys<T>() + 64 / sizeof(T);
 }
 
-// packed[panel][d][lane] = key[panel * PanelKeys + lane][d], zero past the last key
+// packed[panel][d][lane] = keys[panel * PanelKeys + lane][d], zero past the last key
 template <typename T, class Target>
-void pack_keys(const Attention<T>& a, int64_t b, int64_t kv_head, Range panels, T* packed, double* norms) {
+void pack_keys(const T* keys, int64_t stride, int64_t number, int64_t width, T* packed, double* norms) {
   constexpr int64_t P = Target::PanelKeys;
-  const T* keys = a.key.head(b, kv_head);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    T* to = packed + panel * a.size.width * P;
-    const int64_t valid = min64(P, a.size.keys - panel * P);
+  for (int64_t panel = 0; panel * P < number; ++panel, packed += width * P) {
     double largest = 0;
-    for (int64_t lane = 0; lane < P; ++lane) {
-      const T* row = keys + (panel * P + lane) * a.key.stride;
-      for (int64_t d = 0; d < a.size.width; ++d) to[d * P + lane] = lane < valid ? row[d] : T(0);
-      if (lane < valid) largest = larger_or_nan(largest, norm_above(row, a.size.width));
+    for (int64_t lane = 0; lane < P; ++lane, keys += stride) {
+      const bool valid = panel * P + lane < number;
+      for (int64_t d = 0; d < width; ++d) packed[d * P + lane] = valid ? keys[d] : T(0);
+      if (valid && norms) largest = larger_or_nan(largest, norm_above(keys, width));
     }
-    norms[panel] = largest;
+    if (norms) norms[panel] = largest;
   }
 }
 
