@@ -46,7 +46,8 @@ BIND_FLAGS = [
 ]
 CUDA_ARCHITECTURES = {"80": (11, 0), "90": (11, 8), "100": (12, 8)}  # and the first CUDA whose compiler knows them
 HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/**/*.h"))]
-SHARED_HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/*.h")) if path.name != "kernels.h"]
+BINDING_HEADERS = {"arena.h", "kernels.h", "partition.h", "scratch.h", "tensors.h"}  # of bind.cpp files alone
+SHARED_HEADERS = [str(path) for path in sorted(CSRC.glob("cpu/*.h")) if path.name not in BINDING_HEADERS]
 CUDA_HEADERS = [str(path) for path in sorted(CSRC.glob("cuda/**/*.*h"))]
 
 

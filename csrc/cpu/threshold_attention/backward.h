@@ -20,8 +20,8 @@ namespace {
 using namespace compsparse;
 
 constexpr double kDenseGradients = 0.35;  // share of places from which on tiles are faster
-constexpr int64_t kKeysTogether = 64;     // whose sums share the L1 cache with what is added to them
-constexpr int64_t kEntriesTogether = 8;
+constexpr double kBlocksFrom = 0.03;      // and from which on keys meet enough rows at a time
+constexpr int64_t kRowsTogether = 64, kKeysTogether = 64;
 
 // Gradients of the weights of a row -> those of its scores, in place; returns that of its cut.
 template <typename T, int L>
@@ -158,77 +158,135 @@ inline int64_t first_from(const int32_t* columns, int64_t begin, int64_t end, in
   return begin;
 }
 
-// The sum for some keys [first, first + number) over a block of queries by tiles: entries cursors[r] .. ends[r] of row
-// r.
-template <typename T, class Target>
-void add_dense_block(const AttentionGradient<T>& g, const T* x, int64_t x_stride, int64_t width, const T* weights,
-                     T factor, const int64_t* cursors, const int64_t* ends, int64_t rows, int64_t first, int64_t number,
-                     T* dense, T* sums, int64_t stride) {
-  for (int64_t i = 0; i < number * kBlockQueries; ++i) dense[i] = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = cursors[r]; e < ends[r]; ++e)
-      dense[(g.col_idx[e] - first) * kBlockQueries + r] = factor * weights[e];
-  add_products<T, Target::Lanes, 4, Target::Rows>(dense, kBlockQueries, number, rows, x, x_stride, width, sums, stride);
+// to[j] = factor * sum over queries i of the head's group of weights_ij x_i, for the keys j of a range: query by query.
+template <typename T, int L>
+void scatter_queries(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys, const Heads<const T>& x,
+                     const T* weights, T factor, int64_t width, const Heads<T>& to) {
+  const int64_t group = g.size.heads / g.size.kv_heads;
+  T* sums = to.head(b, kv_head);
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    const int64_t* ptr = g.row_ptr + (b * g.size.heads + h) * g.size.queries;
+    for (int64_t i = 0; i < g.size.queries; ++i) {
+      const int64_t begin = first_from(g.col_idx, ptr[i], ptr[i + 1], keys.begin);
+      const int64_t end = keys.end == g.size.keys ? ptr[i + 1] : first_from(g.col_idx, begin, ptr[i + 1], keys.end);
+      scatter<T, L, 4>(x.head(b, h) + i * x.stride, width, g.col_idx + begin, weights + begin, end - begin, factor,
+                       sums, to.stride);
+    }
+  }
 }
 
-// to[j] = factor * sum over queries i of the head's group of weights_ij x_i, for the keys j of a range. Some keys at a
-// time, so that their sums stay in the nearest cache while all queries pass by: `cursors` has the next entry of each.
-template <typename T, class Target>
-void sum_over_queries(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys, int64_t together,
-                      const Heads<const T>& x, const T* weights, T factor, int64_t width, const Heads<T>& to,
-                      const AttentionBackwardScratch<T>& scratch) {
-  constexpr int L = Target::Lanes;
-  const int64_t group = g.size.heads / g.size.kv_heads, queries = g.size.queries;
-  const int64_t* ptr = g.row_ptr + (b * g.size.heads + kv_head * group) * queries;
-  T* sums = to.head(b, kv_head);
-  for (int64_t j = keys.begin; j < keys.end; ++j)
-    for (int64_t d = 0; d < width; ++d) sums[j * to.stride + d] = 0;
-  for (int64_t row = 0; row < group * queries; ++row)
-    scratch.cursors[row] = first_from(g.col_idx, ptr[row], ptr[row + 1], keys.begin);
-  for (int64_t first = keys.begin, last; first < keys.end; first = last) {
-    last = min64(first + together, keys.end);
-    for (int64_t h = 0; h < group; ++h)
-      for (int64_t begin = 0; begin < queries; begin += kBlockQueries) {
-        const int64_t rows = min64(kBlockQueries, queries - begin), at = h * queries + begin;
-        int64_t ends[kBlockQueries], entries = 0;
-        for (int64_t r = 0; r < rows; ++r) {
-          int64_t e = scratch.cursors[at + r];
-          const int64_t end = ptr[at + r + 1];
-          if (last == g.size.keys)
-            e = end;
-          else
-            while (e < end && g.col_idx[e] < last) ++e;
-          entries += e - scratch.cursors[at + r];
-          ends[r] = e;
-        }
-        const T* some = x.head(b, kv_head * group + h) + begin * x.stride;
-        if (together <= kKeysTogether && is_dense(g, entries, rows * (last - first)))
-          add_dense_block<T, Target>(g, some, x.stride, width, weights, factor, scratch.cursors + at, ends, rows, first,
-                                     last - first, scratch.dense, sums + first * to.stride, to.stride);
-        else
-          for (int64_t r = 0; r < rows; ++r) {
-            const int64_t e = scratch.cursors[at + r];
-            scatter<T, L, 4>(some + r * x.stride, width, g.col_idx + e, weights + e, ends[r] - e, factor, sums,
-                             to.stride);
-          }
-        for (int64_t r = 0; r < rows; ++r) scratch.cursors[at + r] = ends[r];
-      }
+// to[0 .. C L) += sum over the rows whose bit is set of weights[row] * x[row]
+template <typename T, int L, int C>
+COMPSPARSE_INLINE void add_rows_chunk(const T* x, int64_t stride, uint64_t rows, const T* weights, T* to) {
+  Vec<T, L> acc[C] = {};
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctzll(rows);
+    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[c] += load<T, L>(x + r * stride + c * L) * weights[r];
+  }
+  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) store<T, L>(to + c * L, load<T, L>(to + c * L) + acc[c]);
+}
+
+template <typename T, int L, int C>
+void add_rows(const T* x, int64_t stride, int64_t width, uint64_t rows, const T* weights, T* to) {
+  int64_t d = 0;
+  for (; d + C * L <= width; d += C * L) add_rows_chunk<T, L, C>(x + d, stride, rows, weights, to + d);
+  if (d == width) return;
+  if constexpr (C > 1)
+    add_rows<T, L, C / 2>(x + d, stride, width - d, rows, weights, to + d);
+  else if constexpr (L > 1)
+    add_rows<T, L / 2, 1>(x + d, stride, width - d, rows, weights, to + d);
+}
+
+// The part of the support in some rows and some keys, key by key: which rows have an entry, and what it holds, else 0.
+template <typename T>
+struct Block {
+  int64_t rows, first, last;  // number of rows; keys [first, last)
+  int64_t entries;
+  uint64_t who[kKeysTogether];
+  T* shares;       // [kKeysTogether, kRowsTogether]
+  T* score_grads;  // the same
+};
+
+// Entries of the rows from their cursors on, which move to what lies behind the block.
+template <typename T>
+void transpose(const AttentionGradient<T>& g, const int64_t* row_ends, int64_t* cursors, Block<T>& block) {
+  const int64_t keys = block.last - block.first;
+  for (int64_t j = 0; j < keys; ++j) block.who[j] = 0;
+  for (int64_t i = 0; i < keys * kRowsTogether; ++i) block.shares[i] = block.score_grads[i] = 0;
+  block.entries = 0;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    int64_t e = cursors[r];
+    for (; e < row_ends[r] && g.col_idx[e] < block.last; ++e) {
+      const int64_t key = g.col_idx[e] - block.first;
+      block.who[key] |= uint64_t(1) << r;
+      block.shares[key * kRowsTogether + r] = g.shares[e];
+      block.score_grads[key * kRowsTogether + r] = g.score_grad[e];
+    }
+    block.entries += e - cursors[r];
+    cursors[r] = e;
   }
 }
 
 template <typename T, class Target>
+void add_block(const AttentionGradient<T>& g, const Block<T>& block, const T* weights, const T* x, int64_t x_stride,
+               int64_t width, T* sums, int64_t stride) {
+  const int64_t keys = block.last - block.first;
+  if (is_dense(g, block.entries, keys * block.rows))
+    return add_products<T, Target::Lanes, 4, Target::Rows>(weights, kRowsTogether, keys, block.rows, x, x_stride, width,
+                                                           sums, stride);
+  for (int64_t j = 0; j < keys; ++j)
+    if (block.who[j])
+      add_rows<T, Target::Lanes, 4>(x, x_stride, width, block.who[j], weights + j * kRowsTogether, sums + j * stride);
+}
+
+// The same sums for both gradients, a block of rows and keys after the other: what is added and what it is added to
+// stay in the nearest cache. The factor of dK is left for the end.
+template <typename T, class Target>
+void sum_by_blocks(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys,
+                   const AttentionBackwardScratch<T>& scratch) {
+  const int64_t group = g.size.heads / g.size.kv_heads, queries = g.size.queries;
+  T *value_grad = g.value_grad.head(b, kv_head), *key_grad = g.key_grad.head(b, kv_head);
+  Block<T> block;
+  block.shares = scratch.block;
+  block.score_grads = scratch.block + kKeysTogether * kRowsTogether;
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
+    for (int64_t begin = 0; begin < queries; begin += kRowsTogether) {
+      block.rows = min64(kRowsTogether, queries - begin);
+      const int64_t* ptr = g.row_ptr + (b * g.size.heads + h) * queries + begin;
+      int64_t cursors[kRowsTogether];
+      for (int64_t r = 0; r < block.rows; ++r) cursors[r] = first_from(g.col_idx, ptr[r], ptr[r + 1], keys.begin);
+      for (block.first = keys.begin; block.first < keys.end; block.first = block.last) {
+        block.last = min64(block.first + kKeysTogether, keys.end);
+        transpose(g, ptr + 1, cursors, block);
+        add_block<T, Target>(g, block, block.shares, g.grad.head(b, h) + begin * g.grad.stride, g.grad.stride,
+                             g.size.value_width, value_grad + block.first * g.value_grad.stride, g.value_grad.stride);
+        add_block<T, Target>(g, block, block.score_grads, g.query.head(b, h) + begin * g.query.stride, g.query.stride,
+                             g.size.width, key_grad + block.first * g.key_grad.stride, g.key_grad.stride);
+      }
+    }
+  for (int64_t j = keys.begin; j < keys.end; ++j)
+    for (int64_t d = 0; d < g.size.width; ++d) key_grad[j * g.key_grad.stride + d] *= T(g.scale);
+}
+
+template <typename T>
+void clear(T* rows, int64_t stride, int64_t width, Range which) {
+  for (int64_t j = which.begin; j < which.end; ++j)
+    for (int64_t d = 0; d < width; ++d) rows[j * stride + d] = 0;
+}
+
+// A range of keys that begins at a multiple of kKeysTogether.
+template <typename T, class Target>
 void attention_backward_keys(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys,
                              const AttentionBackwardScratch<T>& scratch) {
+  clear(g.value_grad.head(b, kv_head), g.value_grad.stride, g.size.value_width, keys);
+  clear(g.key_grad.head(b, kv_head), g.key_grad.stride, g.size.width, keys);
   const int64_t group = g.size.heads / g.size.kv_heads, rows = group * g.size.queries;
   const int64_t* ptr = g.row_ptr + (b * g.size.heads + kv_head * group) * g.size.queries;
-  // So many keys that a row has some entries among them: what is done once a row should be little beside these.
-  int64_t together = kKeysTogether;
-  while (together < g.size.keys && (ptr[rows] - ptr[0]) * together < kEntriesTogether * rows * g.size.keys)
-    together *= 2;
-  sum_over_queries<T, Target>(g, b, kv_head, keys, together, g.grad, g.shares, T(1), g.size.value_width, g.value_grad,
-                              scratch);
-  sum_over_queries<T, Target>(g, b, kv_head, keys, together, g.query, g.score_grad, T(g.scale), g.size.width,
-                              g.key_grad, scratch);
+  if (double(ptr[rows] - ptr[0]) >= kBlocksFrom * double(rows) * double(g.size.keys))
+    return sum_by_blocks<T, Target>(g, b, kv_head, keys, scratch);
+  constexpr int L = Target::Lanes;
+  scatter_queries<T, L>(g, b, kv_head, keys, g.grad, g.shares, T(1), g.size.value_width, g.value_grad);
+  scatter_queries<T, L>(g, b, kv_head, keys, g.query, g.score_grad, T(g.scale), g.size.width, g.key_grad);
 }
 
 }  // namespace

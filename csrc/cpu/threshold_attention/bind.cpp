@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arena.h"
 #include "../kernels.h"
 #include "../partition.h"
 #include "../scratch.h"
@@ -92,21 +93,22 @@ struct Buffers {
 // The survivors of one block of queries, rows one after another.
 template <typename T>
 struct BlockSupport {
-  std::unique_ptr<int32_t[]> columns;
-  std::unique_ptr<T[]> weights;
+  int32_t* columns;
+  T* weights;
   int64_t count = 0;
 };
 
 template <typename T>
-bool keep_block(const AttentionScratch<T>& scratch, int64_t rows, int64_t* degrees, BlockSupport<T>& block) {
+bool keep_block(const AttentionScratch<T>& scratch, int64_t rows, int64_t* degrees, Arena& arena,
+                BlockSupport<T>& block) {
   for (int64_t r = 0; r < rows; ++r) block.count += degrees[r] = scratch.counts[r];
-  block.columns.reset(new (std::nothrow) int32_t[block.count]);
-  block.weights.reset(new (std::nothrow) T[block.count]);
+  block.columns = static_cast<int32_t*>(arena.allocate(block.count * sizeof(int32_t)));
+  block.weights = static_cast<T*>(arena.allocate(block.count * sizeof(T)));
   if (!block.columns || !block.weights) return false;
   int64_t at = 0;
   for (int64_t r = 0; r < rows; at += scratch.counts[r++]) {
-    std::copy_n(scratch.columns + r * scratch.row_capacity, scratch.counts[r], block.columns.get() + at);
-    std::copy_n(scratch.weights + r * scratch.row_capacity, scratch.counts[r], block.weights.get() + at);
+    std::copy_n(scratch.columns + r * scratch.row_capacity, scratch.counts[r], block.columns + at);
+    std::copy_n(scratch.weights + r * scratch.row_capacity, scratch.counts[r], block.weights + at);
   }
   return true;
 }
@@ -205,6 +207,7 @@ struct SupportParts {
   T* log_sums;
   T* slopes;
   std::vector<BlockSupport<T>> blocks;
+  std::vector<Arena> arenas;
 };
 
 // Runs the forward over all blocks of queries; `support` may be null.
@@ -221,6 +224,7 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportPart
   const int64_t parts = std::max<int64_t>(1, std::min(parts_for(work), total));
   std::vector<Buffers<T>> buffers;
   for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size);
+  if (support) support->arenas.resize(parts);
   std::vector<uint8_t> failed(parts, 0);
   std::atomic<int64_t> next{0};
   for_each_part(parts, [&](int64_t part) {
@@ -236,7 +240,8 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportPart
       const int64_t first = head * size.queries + rows.begin, count = rows.end - rows.begin;
       std::copy_n(scratch.log_sums, count, support->log_sums + first);
       std::copy_n(scratch.slopes, count, support->slopes + first);
-      if (!keep_block(scratch, count, support->degrees + first, support->blocks[unit])) failed[part] = 1;
+      if (!keep_block(scratch, count, support->degrees + first, support->arenas[part], support->blocks[unit]))
+        failed[part] = 1;
     }
   });
   STD_TORCH_CHECK(std::find(failed.begin(), failed.end(), 1) == failed.end(), "out of memory for the support");
@@ -382,14 +387,16 @@ std::tuple<Tensor, Tensor> join_blocks(const Tensor& like, Tensor& row_ptr, cons
   for (int64_t row = 0; row < rows; ++row) ptr[row + 1] += ptr[row];
   Tensor col_idx = new_tensor(like, {ptr[rows]}, aoti_torch_dtype_int32());
   Tensor weights = new_tensor(like, {ptr[rows]}, sum_dtype(like));
+  prefer_large_pages(col_idx.data_ptr(), ptr[rows] * sizeof(int32_t));
+  prefer_large_pages(weights.data_ptr(), ptr[rows] * sizeof(T));
   const int64_t total = units.total(batch), parts = parts_for(ptr[rows]);
   for_each_part(parts, [&](int64_t part) {
     const Range mine = equal_share(total, part, parts);
     for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
       const int64_t at = ptr[units.head(unit) * units.queries + units.rows(unit).begin];
       const BlockSupport<T>& block = blocks[unit];
-      std::copy_n(block.columns.get(), block.count, static_cast<int32_t*>(col_idx.data_ptr()) + at);
-      std::copy_n(block.weights.get(), block.count, static_cast<T*>(weights.data_ptr()) + at);
+      std::copy_n(block.columns, block.count, static_cast<int32_t*>(col_idx.data_ptr()) + at);
+      std::copy_n(block.weights, block.count, static_cast<T*>(weights.data_ptr()) + at);
     }
   });
   return {col_idx, weights};
@@ -414,9 +421,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> threshold_attention_s
   by_dtype(inputs.query, [&]<typename T>(const AttentionKernels<T>& kernel) {
     Attention<T> a = inputs.attention<T>(out);
     const QueryBlocks units(a.size, kernel.block_queries);
-    SupportParts<T> support = {static_cast<int64_t*>(row_ptr.data_ptr()) + 1, static_cast<T*>(log_sum.data_ptr()),
+    SupportParts<T> support = {static_cast<int64_t*>(row_ptr.data_ptr()) + 1,
+                               static_cast<T*>(log_sum.data_ptr()),
                                static_cast<T*>(slope.data_ptr()),
-                               std::vector<BlockSupport<T>>(units.total(a.size.batch))};
+                               std::vector<BlockSupport<T>>(units.total(a.size.batch)),
+                               {}};
     run_forward<T>(kernel, a, &support);
     std::tie(col_idx, weights) = join_blocks(query, row_ptr, units, a.size.batch, support.blocks);
   });
@@ -448,13 +457,12 @@ struct BackwardBuffers {
       : stride(dense ? round_up(size.keys, kernel.panel_keys) : 0),
         rows(make_scratch<T>(kernel.block_queries * size.value_width)),
         matrix(make_scratch<T>(kernel.block_queries * std::max(stride, kernel.panel_keys))),
-        cursors(new int64_t[size.heads / size.kv_heads * size.queries]) {}
+        block(make_scratch<T>(2 * 64 * 64)) {}
 
-  AttentionBackwardScratch<T> scratch() const { return {rows.get(), matrix.get(), stride, cursors.get()}; }
+  AttentionBackwardScratch<T> scratch() const { return {rows.get(), matrix.get(), stride, block.get()}; }
 
   int64_t stride;
-  Scratch<T> rows, matrix;
-  std::unique_ptr<int64_t[]> cursors;
+  Scratch<T> rows, matrix, block;
 };
 
 template <typename T>
@@ -507,6 +515,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_attention_backward(
   const auto new_like = [](const Tensor& x) { return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); };
   Tensor query_grad = new_like(rows[0]), key_grad = new_like(rows[1]), value_grad = new_like(rows[2]);
   Tensor score_grad = new_tensor(weights, {weights.size(0)});
+  prefer_large_pages(score_grad.data_ptr(), weights.size(0) * 4);
   Tensor cut_grad = new_tensor(slope, {query.size(0), query.size(1), query.size(2)});
   const Tensor slopes = as_contiguous(slope);
   by_dtype(rows[0], [&]<typename T>(const AttentionKernels<T>& kernel) {

@@ -107,7 +107,7 @@ struct AttentionBackwardScratch {
   T* rows;               // [block_queries, value_width]
   T* dense;              // [block_queries, dense_stride], and no less than [block_queries, 64]
   int64_t dense_stride;  // keys rounded up to a whole panel
-  int64_t* cursors;      // [heads / kv_heads * queries]
+  T* block;              // [2, 64, 64]
 };
 
 template <typename T>
