@@ -30,7 +30,7 @@ inline void prefer_large_pages(void* memory, size_t bytes) {
 class Arena {
  public:
   void* allocate(size_t bytes) noexcept {
-    bytes = (bytes + 63) / 64 * 64;
+    bytes = std::max<size_t>((bytes + 63) / 64 * 64, 64);
     if (bytes > left_) {
       const size_t size = std::max(bytes, chunk);
       auto* memory = static_cast<unsigned char*>(::operator new(size, kLargePage, std::nothrow));
