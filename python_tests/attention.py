@@ -1,12 +1,15 @@
-"""What the tests of thresholded attention share: rules, the arguments of the ops, each row by definition."""
+"""What the tests of thresholded attention share: rules, inputs, rows by definition, dense torch, the error budget."""
 
 import math
 from inspect import signature
 
 import torch
 
+from compsparse_kernels import threshold_attention
 from compsparse_kernels.ops.backends import cpu_isa
 from compsparse_kernels.ops.threshold_attention import reference
+from compsparse_kernels.ops.threshold_attention.dropout import kept_by_dropout
+from compsparse_kernels.testing import attention_inputs
 
 # Every rule with every weighting that it has.
 CHOICES = [
@@ -101,3 +104,129 @@ def _entmax_by_bisection(scores, alpha):
         low, high = (middle, high) if sum(weights(middle)) >= 1 else (low, middle)
     kept = [j for j, weight in enumerate(weights(low)) if weight > 0]
     return kept, [weights(low)[j] for j in kept]
+
+
+def run(tensors, bias=None, thresholds=None, **options):
+    """Output, support and the gradients of a fixed loss for query, key, value, a float bias and learned thresholds."""
+    wanted = [tensor.detach().requires_grad_() for tensor in tensors]
+    leaves = list(wanted)
+    if bias is not None and bias.is_floating_point():
+        wanted.append(bias := bias.detach().requires_grad_())
+    if thresholds is not None:
+        wanted.append(thresholds := thresholds.detach().requires_grad_())
+        options = options | {"threshold": thresholds}
+    out, support = threshold_attention(*leaves, attn_bias=bias, return_support=True, **options)
+    return out.detach(), support, torch.autograd.grad(out, wanted, _loss_of(out))
+
+
+def _loss_of(out):
+    """A gradient of the output that is the same in every dtype but for its rounding."""
+    return torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
+
+
+def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relative", weights="softmax", **options):
+    """Output, weights and gradients of dense torch on the same problem, with the support given."""
+    wanted = [tensor.detach().requires_grad_() for tensor in tensors]
+    query, key, value = wanted
+    group = query.shape[1] // key.shape[1]
+    scores = (options.get("scale") or query.shape[-1] ** -0.5) * query @ key.repeat_interleave(group, 1).mT
+    if bias is not None and bias.is_floating_point():
+        wanted.append(bias.detach().to(query.dtype).requires_grad_())
+        scores = scores + wanted[-1]
+    if options.get("alibi_slopes") is not None:
+        added = alibi(options["alibi_slopes"], *mask.shape[2:], options.get("query_offset", 0))
+        scores = scores + added.to(scores.dtype)
+    if thresholds is not None:
+        wanted.append(thresholds.detach().requires_grad_())
+        shape = (-1, 1, 1) if thresholds.dim() == 1 else thresholds.shape
+        threshold = wanted[-1].view(shape).to(query.dtype)
+    weights = dense_weights(scores, mask, threshold, rule, "shrink" if options.get("shrink") else weights)
+    shares = weights
+    if options.get("dropout_p"):
+        rows = torch.arange(mask[..., 0].numel()).view(*mask.shape[:3], 1).expand(mask.shape)
+        columns = torch.arange(mask.shape[3]).expand(mask.shape)
+        stays = kept_by_dropout(rows, columns, options["dropout_p"], options["seed"])
+        shares = weights * stays / (1 - options["dropout_p"])
+    out = shares @ value.repeat_interleave(group, 1)
+    return out.detach(), weights.detach(), *torch.autograd.grad(out, wanted, _loss_of(out))
+
+
+def dense_weights(scores, mask, threshold, rule, weighting):
+    """The weights of each rule on a support that is given, as one writes them in torch."""
+    if not mask.any():
+        return scores * 0
+    threshold = torch.as_tensor(threshold, dtype=scores.dtype)
+    some = mask.any(-1, keepdim=True)
+    if rule == "entmax":
+        alpha = float(threshold)
+        x = (alpha - 1) * (scores - scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True))
+        x = x.masked_fill(~mask, 0)
+        number = mask.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
+        mean = x.sum(-1, keepdim=True) / number
+        if alpha == 2:
+            return (x - mean + 1 / number).masked_fill(~mask, 0)
+        spread = (x - mean).masked_fill(~mask, 0).square().sum(-1, keepdim=True)
+        return (x - mean + ((1 - spread) / number).sqrt()).masked_fill(~mask, 0).square()
+    if weighting == "softmax":
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~some, 0)
+    top = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True).masked_fill(~some, 0)
+    cut = top + threshold.log() if rule == "relative" else threshold
+    heights = scores - cut if weighting == "rectified" else (scores - top).exp() - (cut - top).exp()
+    heights = heights.masked_fill(~mask, 0)
+    return heights / heights.sum(-1, keepdim=True).masked_fill(~some, 1)
+
+
+def alibi(slopes, queries, keys, offset=0):
+    """float64 ``[H, Tq, Tk]``"""
+    distance = (torch.arange(queries)[:, None] + offset - torch.arange(keys)).abs()
+    return -slopes.double()[:, None, None] * distance
+
+
+def dense_errors(tensors, mask, bias=None, thresholds=None, **options):
+    """Largest errors of dense torch in the dtype of the tensors; in float64, where nothing exact is at hand, those of
+    float32 scaled down."""
+    dtype = torch.float32 if tensors[0].dtype == torch.float64 else tensors[0].dtype
+    narrow = [tensor.to(dtype) for tensor in tensors]
+    wide = [tensor.double() for tensor in narrow]
+    pairs = zip(
+        dense(narrow, mask, bias, thresholds, **options), dense(wide, mask, bias, thresholds, **options), strict=True
+    )
+    ratio = torch.finfo(tensors[0].dtype).eps / torch.finfo(dtype).eps
+    return [(result.double() - truth).abs().max().item() * ratio for result, truth in pairs]
+
+
+def check(tensors, bias=None, thresholds=None, **options):
+    """Support equal to the reference's in float64; errors within twice dense torch's, plus one rounding of the largest
+    value."""
+    out, support, grads = run(tensors, bias, thresholds, **options)
+    added = bias is not None and bias.is_floating_point()
+    wide_bias = bias.double() if added else bias
+    exact_out, exact_support, exact_grads = run(
+        [t.double() for t in tensors], wide_bias, thresholds, backend="reference", **options
+    )
+    mask = exact_support.to_mask()
+    assert torch.equal(support.to_mask(), mask)
+    names = ["out", "weights", "dq", "dk", "dv"] + ["db"] * added + ["dt"] * (thresholds is not None)
+    ours = (out, support.to_dense(), *grads)
+    exact = (exact_out, exact_support.to_dense(), *exact_grads)
+    budgets = dense_errors(tensors, mask, bias, thresholds, **options)
+    roundoff = torch.finfo(tensors[0].dtype).eps
+    factor = 3 if tensors[0].dtype == torch.float64 else 2  # in float64 the truth has an error of its own
+    for name, mine, truth, budget in zip(names, ours, exact, budgets, strict=True):
+        error, size = (mine.double() - truth).abs().max().item(), truth.abs().max().item()
+        assert error <= factor * budget + roundoff * max(size, 1e-30), (name, error, budget, size)
+    return support
+
+
+def whole_inputs(*sizes, dtype=torch.float32, seed=0, kv_heads=None):
+    """Query and key of small whole numbers, and any values. With the scale 3 / 8 and biases of multiples of it scores
+    are exact in every dtype, many are equal, and none is near log(0.3), 0.4 or a tau of entmax: no rounding decides."""
+    query, key, value = attention_inputs(*sizes, kv_heads=kv_heads, dtype=torch.float32, seed=seed)
+    return [tensor.to(dtype) for tensor in (query.round(), key.round(), value)]
+
+
+def choice_options(choice):
+    """Arguments of threshold_attention for one of CHOICES."""
+    rule, threshold, weighting = choice
+    options = {"rule": rule, "threshold": int(threshold) if rule == "topk" else threshold}
+    return options | {"softmax": {}, "shrink": {"shrink": True}, "rectified": {"weights": "rectified"}}[weighting]

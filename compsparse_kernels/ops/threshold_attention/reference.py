@@ -92,8 +92,9 @@ def threshold_attention_backward(
     rows = torch.arange(len(row_ptr) - 1, device=query.device).repeat_interleave(row_ptr.diff())
     kept = rows, col_idx.long()
 
-    def row_sum(entries):
-        return entries.new_zeros(len(row_ptr) - 1).index_add(0, rows, entries)
+    def row_sum(entries):  # one after another, so in float64
+        sums = entries.new_zeros(len(row_ptr) - 1, dtype=torch.float64)
+        return sums.index_add(0, rows, entries.double()).to(dtype)
 
     def spread(entries):
         return entries.new_zeros(math.prod(shape[:3]), shape[3]).index_put(kept, entries).view(shape)
@@ -118,8 +119,8 @@ def threshold_attention_backward(
     score_grad = steepness * centered
     cut_grad = (-slope.flatten() * row_sum(centered)).view(slope.shape)
     if rule == "relative" and weighting != "softmax":
-        dense = spread(weights).flatten(0, 2)
-        largest = weights == dense.amax(-1)[rows]
+        top = weights.new_zeros(len(row_ptr) - 1).scatter_reduce(0, rows, weights, "amax", include_self=False)
+        largest = weights == top[rows]
         share = row_sum(score_grad) / row_sum(largest.to(dtype))
         score_grad = score_grad - share[rows] * largest
     dense_grad = spread(score_grad)
