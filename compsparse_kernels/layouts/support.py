@@ -21,10 +21,10 @@ class AttentionSupport:
         col_idx: int32 ``[nnz]``.
         weights: float ``[nnz]``, without gradient.
         shape: ``(B, H, Tq, Tk)``; ``B`` is the product of the dimensions before the heads.
-        log_sum: float ``[B, H, Tq]`` or None: the logarithm of the sum of ``exp(score)`` over a row's support, -inf where
-            it is empty.
-        visible: int64 broadcastable to ``[B, H, Tq]``: the keys that each query may see, kept or not; None where it sees
-            all. A key that only a bias of -inf hides counts as seen.
+        log_sum: float ``[B, H, Tq]`` or None: the logarithm of the sum of ``exp(score)`` over a row's support, -inf
+            where it is empty.
+        visible: int64 broadcastable to ``[B, H, Tq]``: the keys that each query may see, kept or not; None where it
+            sees all. A key that only a bias of -inf hides counts as seen.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.

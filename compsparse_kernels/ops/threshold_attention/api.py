@@ -59,7 +59,8 @@ def threshold_attention(
       :math:`((\alpha - 1) s_{ij} - \tau_i)^{1 / (\alpha - 1)}`, which add up to 1;
     - ``weights="rectified"``: :math:`s_{ij} - m_i - \log t` (relative) or :math:`s_{ij} - t` (absolute), the paper's
       :math:`H_D(x) = x H(x)`;
-    - ``shrink=True``: :math:`e^{s_{ij} - m_i} - t` (relative) or :math:`e^{s_{ij}} - e^t` (absolute): soft thresholding.
+    - ``shrink=True``: :math:`e^{s_{ij} - m_i} - t` (relative) or :math:`e^{s_{ij}} - e^t` (absolute), soft
+      thresholding.
 
     The last two are 0 at the cut, so the output is continuous in the threshold and has a true gradient to it.
 
@@ -80,8 +81,8 @@ def threshold_attention(
         key_padding_mask: bool ``[B, Tk]``, true where a key is ignored (as in ``nn.MultiheadAttention``); ``B`` is the
             product of the dimensions before the heads.
         is_causal: query ``i`` sees the keys up to its position ``p = i + query_offset``.
-        window: a pair ``(left, right)``: query ``i`` sees the keys ``p - left .. p + right`` only, -1 is no bound (as in
-            flash-attention); an int n is ``(n, n)``, with ``is_causal`` the n keys before and its own.
+        window: a pair ``(left, right)``: query ``i`` sees the keys ``p - left .. p + right`` only, -1 is no bound (as
+            in flash-attention); an int n is ``(n, n)``, with ``is_causal`` the n keys before and its own.
         scale: of the scores; ``1 / sqrt(D)`` by default.
         enable_gqa: let ``Hkv`` be a divisor of ``H``: query head ``h`` reads key-value head ``h // (H / Hkv)``.
         alibi_slopes: float32 ``[H]``; ``-slope |p - j|`` is added to the scores [3]_.

@@ -64,8 +64,8 @@ def threshold_of(threshold, shape, query, rule, weighting):
     _check_device("threshold", threshold, query)
     if weighting == "softmax" and threshold.requires_grad and torch.is_grad_enabled():
         wanted = (
-            "tensor that wants no gradient (the support is piecewise constant in it, and so is the output; shrink=True or"
-            " weights='rectified' are continuous)"
+            "tensor that wants no gradient (the support is piecewise constant in it, and so is the output; with"
+            " shrink=True or weights='rectified' it is continuous)"
         )
         require(False, "threshold", wanted, "one with requires_grad=True")
     _check_values(threshold.detach(), rule, weighting)

@@ -24,7 +24,7 @@ def attend(attention, query, key, value, options):
         return _nested(result, bounds)
     out, support = result
     if options["return_support"] == "degree":
-        support = _nested(support.unsqueeze(-1), bounds).squeeze(-1)
+        support = _nested(support, bounds)
     return _nested(out, bounds), support
 
 
@@ -34,7 +34,7 @@ def _packed(tensor):
 
 
 def _nested(packed, bounds):
-    values = packed.squeeze(0).transpose(0, 1)  # [all tokens, H, width]
+    values = packed.squeeze(0).transpose(0, 1)  # [all tokens, H] or [all tokens, H, width]
     return torch.nested.nested_tensor_from_jagged(values, bounds).transpose(1, 2)
 
 
