@@ -9,7 +9,7 @@ from compsparse_kernels import threshold_attention
 from compsparse_kernels.ops.backends import cpu_isa
 from compsparse_kernels.ops.threshold_attention import reference
 from compsparse_kernels.ops.threshold_attention.dropout import kept_by_dropout
-from compsparse_kernels.testing import attention_inputs
+from compsparse_kernels.testing import attention_inputs, attention_weights
 
 # Every rule with every weighting that it has.
 CHOICES = [
@@ -140,7 +140,7 @@ def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relat
         wanted.append(thresholds.detach().requires_grad_())
         shape = (-1, 1, 1) if thresholds.dim() == 1 else thresholds.shape
         threshold = wanted[-1].view(shape).to(query.dtype)
-    weights = dense_weights(scores, mask, threshold, rule, "shrink" if options.get("shrink") else weights)
+    weights = attention_weights(scores, mask, threshold, rule, "shrink" if options.get("shrink") else weights)
     shares = weights
     if options.get("dropout_p"):
         rows = torch.arange(mask[..., 0].numel()).view(*mask.shape[:3], 1).expand(mask.shape)
@@ -149,31 +149,6 @@ def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relat
         shares = weights * stays / (1 - options["dropout_p"])
     out = shares @ value.repeat_interleave(group, 1)
     return out.detach(), weights.detach(), *torch.autograd.grad(out, wanted, _loss_of(out))
-
-
-def dense_weights(scores, mask, threshold, rule, weighting):
-    """The weights of each rule on a support that is given, as one writes them in torch."""
-    if not mask.any():
-        return scores * 0
-    threshold = torch.as_tensor(threshold, dtype=scores.dtype)
-    some = mask.any(-1, keepdim=True)
-    if rule == "entmax":
-        alpha = float(threshold)
-        x = (alpha - 1) * (scores - scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True))
-        x = x.masked_fill(~mask, 0)
-        number = mask.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
-        mean = x.sum(-1, keepdim=True) / number
-        if alpha == 2:
-            return (x - mean + 1 / number).masked_fill(~mask, 0)
-        spread = (x - mean).masked_fill(~mask, 0).square().sum(-1, keepdim=True)
-        return (x - mean + ((1 - spread) / number).sqrt()).masked_fill(~mask, 0).square()
-    if weighting == "softmax":
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~some, 0)
-    top = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True).masked_fill(~some, 0)
-    cut = top + threshold.log() if rule == "relative" else threshold
-    heights = scores - cut if weighting == "rectified" else (scores - top).exp() - (cut - top).exp()
-    heights = heights.masked_fill(~mask, 0)
-    return heights / heights.sum(-1, keepdim=True).masked_fill(~some, 1)
 
 
 def alibi(slopes, queries, keys, offset=0):
