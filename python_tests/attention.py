@@ -171,26 +171,51 @@ def dense_errors(tensors, mask, bias=None, thresholds=None, **options):
 
 
 def check(tensors, bias=None, thresholds=None, **options):
-    """Support equal to the reference's in float64; errors within twice dense torch's, plus one rounding of the largest
-    value."""
+    """Support equal to the reference's in float64; errors within the budget of compsparse_kernels.testing."""
     out, support, grads = run(tensors, bias, thresholds, **options)
     added = bias is not None and bias.is_floating_point()
+    wide = [tensor.double() for tensor in tensors]
     wide_bias = bias.double() if added else bias
-    exact_out, exact_support, exact_grads = run(
-        [t.double() for t in tensors], wide_bias, thresholds, backend="reference", **options
-    )
+    exact_out, exact_support, exact_grads = run(wide, wide_bias, thresholds, backend="reference", **options)
     mask = exact_support.to_mask()
     assert torch.equal(support.to_mask(), mask)
     names = ["out", "weights", "dq", "dk", "dv"] + ["db"] * added + ["dt"] * (thresholds is not None)
     ours = (out, support.to_dense(), *grads)
     exact = (exact_out, exact_support.to_dense(), *exact_grads)
     budgets = dense_errors(tensors, mask, bias, thresholds, **options)
+    sizes = magnitudes(wide, wide_bias, thresholds, exact_support.to_dense(), **options)
     roundoff = torch.finfo(tensors[0].dtype).eps
     factor = 3 if tensors[0].dtype == torch.float64 else 2  # in float64 the truth has an error of its own
     for name, mine, truth, budget in zip(names, ours, exact, budgets, strict=True):
-        error, size = (mine.double() - truth).abs().max().item(), truth.abs().max().item()
-        assert error <= factor * budget + roundoff * max(size, 1e-30), (name, error, budget, size)
+        error, size = (mine.double() - truth).abs().max().item(), sizes[name].max().item()
+        assert error <= factor * budget + roundoff * size, (name, error, budget, size)
     return support
+
+
+def magnitudes(tensors, bias, thresholds, shares, **options):
+    """The sum of the absolute values of the terms that each result is a sum of, in float64."""
+    full = torch.zeros(shares.shape, dtype=torch.float64)
+    if bias is not None:
+        full = full + bias if bias.is_floating_point() else full.masked_fill(~bias, -torch.inf)
+    per_query = thresholds
+    if thresholds is not None:
+        shape = (-1, 1, 1) if thresholds.dim() == 1 else thresholds.shape
+        per_query = thresholds.double().view(shape).expand(*shares.shape[:3], 1)
+    out, _, grads = run(tensors, full, per_query, backend="reference", **options)
+    of_scores, of_thresholds = grads[3].abs(), grads[4:]
+    query, key, value = (tensor.abs() for tensor in tensors)
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    scale = abs(options.get("scale") or query.shape[-1] ** -0.5)
+    sizes = {"out": shares / (1 - options.get("dropout_p", 0)) @ value.repeat_interleave(group, 1), "weights": shares}
+    sizes["dq"] = scale * of_scores @ key.repeat_interleave(group, 1)
+    sizes["dk"] = (scale * of_scores.mT @ query).unflatten(1, (kv_heads, group)).sum(2)
+    sizes["dv"] = (shares.mT @ _loss_of(out).abs()).unflatten(1, (kv_heads, group)).sum(2)
+    if bias is not None and bias.is_floating_point():
+        sizes["db"] = of_scores.sum_to_size(bias.shape)
+    if thresholds is not None:
+        rows = of_thresholds[0].abs()
+        sizes["dt"] = rows.sum((0, 2, 3)) if thresholds.dim() == 1 else rows.sum_to_size(thresholds.shape)
+    return sizes
 
 
 def whole_inputs(*sizes, dtype=torch.float32, seed=0, kv_heads=None):
