@@ -121,9 +121,8 @@ def run(tensors, bias=None, thresholds=None, **options):
 
 def _loss_of(out):
     """A gradient of the output that every dtype holds exactly."""
-    return (
-        (torch.cos(torch.arange(out.numel(), dtype=torch.float64)) * 64).round().div(64).view(out.shape).to(out.dtype)
-    )
+    grid = (torch.cos(torch.arange(out.numel(), dtype=torch.float64)) * 64).round() / 64
+    return grid.view(out.shape).to(out.dtype)
 
 
 def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relative", weights="softmax", **options):
