@@ -21,6 +21,10 @@ class AttentionSupport:
         col_idx: int32 ``[nnz]``.
         weights: float ``[nnz]``, without gradient.
         shape: ``(B, H, Tq, Tk)``; ``B`` is the product of the dimensions before the heads.
+        log_sum: float ``[B, H, Tq]`` or None: the logarithm of the sum of ``exp(score)`` over a row's support, -inf
+            where it is empty.
+        visible: int64 broadcastable to ``[B, H, Tq]``: the keys that each query may see, kept or not; None where it
+            sees all. A key that only a bias of -inf hides counts as seen.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -36,6 +40,8 @@ class AttentionSupport:
     col_idx: torch.Tensor
     weights: torch.Tensor
     shape: tuple[int, int, int, int]
+    log_sum: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
 
     def __post_init__(self):
         if torch.compiler.is_compiling():
@@ -53,6 +59,19 @@ class AttentionSupport:
         require(
             len(devices) == 1, "weights", f"a tensor on {self.row_ptr.device}, like row_ptr", sorted(map(str, devices))
         )
+        self._check_of_rows()
+
+    def _check_of_rows(self):
+        rows = self.shape[:3]
+        if self.log_sum is not None:
+            ok = isinstance(self.log_sum, torch.Tensor) and self.log_sum.is_floating_point()
+            require(ok and self.log_sum.shape == rows, "log_sum", f"float tensor {list(rows)}", describe(self.log_sum))
+        if self.visible is not None:
+            ok = isinstance(self.visible, torch.Tensor) and self.visible.dtype == torch.int64
+            ok = ok and self.visible.dim() == 3
+            ok = ok and all(have in (1, want) for have, want in zip(self.visible.shape, rows, strict=True))
+            wanted = f"int64 tensor broadcastable to {list(rows)}, of as many dimensions"
+            require(ok, "visible", wanted, describe(self.visible))
 
     @property
     def nnz(self) -> int:
@@ -63,6 +82,13 @@ class AttentionSupport:
     def density(self) -> float:
         """Kept share of all pairs of a query and a key, hidden ones included."""
         return self.nnz / max(1, math.prod(self.shape))
+
+    @property
+    def share_kept(self) -> float:
+        """Kept share of the pairs of a query and a key that it may see."""
+        if self.visible is None:
+            return self.density
+        return self.nnz / max(1, int(self.visible.expand(self.shape[:3]).sum()))
 
     @cached_property
     def degree(self) -> torch.Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 from compsparse_kernels.layouts import AttentionSupport
 from compsparse_kernels.layouts.checks import check_positive_int, describe, require
 from compsparse_kernels.ops import threshold_attention
-from compsparse_kernels.ops.threshold_attention.api import RULES
+
+RULES = ("relative", "absolute")
 
 
 class ThresholdAttention(nn.Module):

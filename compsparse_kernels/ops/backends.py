@@ -49,14 +49,13 @@ _TRITON_OPS = (
     "nm_sampled",
     *_PROXIMAL_OPS,
 )
-_CPU_OPS_IN_HALVES = (*_CPU_OPS[:4], "dag_network", "nm_linear", "nm_sampled", *_PROXIMAL_OPS)
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
 _KERNELS = {
     "cpu": (
         "cpu",
-        dict.fromkeys(_CPU_OPS, _ANYWHERE) | dict.fromkeys(_CPU_OPS_IN_HALVES, _ANYWHERE + _HALVES),
+        dict.fromkeys((*_CPU_OPS, *_PROXIMAL_OPS), _ANYWHERE + _HALVES),
         _no_cpu_kernels,
     ),
     "triton": ("cuda", dict.fromkeys(_TRITON_OPS, (torch.float32, *_HALVES)), _no_triton),
