@@ -86,12 +86,18 @@ COMPSPARSE_INLINE void store_narrow(T* p, Vec<Sum<T>, L> v) {
     store<T, L>(p, v);
 }
 
-// The first `count` lanes only, zero in the others: for ragged edges, never on a hot path.
+// The first `count` lanes only, zero in the others: for ragged edges, never on a hot path. Out of line and through
+// memory: as a part of every tile they would be most of its code and of the compiler's time, and a call with vectors in
+// registers would cost the tile's own.
+template <typename T, int L>
+__attribute__((noinline)) void copy_partial(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < min64(count, L); ++i) to[i] = from[i];
+}
+
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<Sum<T>, L> load_wide_partial(const T* p, int64_t count) {
   T lanes[L] = {};
-  for (int64_t i = 0; i < L; ++i)
-    if (i < count) lanes[i] = p[i];
+  copy_partial<T, L>(p, count, lanes);
   return load_wide<T, L>(lanes);
 }
 
@@ -99,8 +105,7 @@ template <typename T, int L>
 COMPSPARSE_INLINE void store_narrow_partial(T* p, Vec<Sum<T>, L> v, int64_t count) {
   T lanes[L];
   store_narrow<T, L>(lanes, v);
-  for (int64_t i = 0; i < L; ++i)
-    if (i < count) p[i] = lanes[i];
+  copy_partial<T, L>(lanes, count, p);
 }
 
 }  // namespace
