@@ -73,6 +73,37 @@ def test_update_masks_keeps_survivors_and_starts_the_regrown_at_zero(first, seco
     assert (layer.weight != before)[regrown].any() and not layer.weight[~new["0"]].any()
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("kind", ["block", "dense"])
+def test_second_moments_are_not_zero_where_the_mask_drops(name, kind):
+    """Square roots of 0 are slow; the update there is 0 whatever they are, and what grows again starts at 0."""
+    model, optimizer = trained(name)
+    moments = PER_WEIGHT[name] & {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
+    start = prune.snapshot(model, optimizer)
+    first, second = masks_of(0.4, seed=5), masks_of(0.5, seed=50)
+    for change in (
+        lambda: prune.convert(model, first, kind, optimizer),
+        lambda: prune.update_masks(model, second, optimizer, kind=kind),
+        lambda: prune.rewind(model, start, optimizer),
+    ):
+        change()
+        layer = model[0]
+        dropped = ~layer.layout.mask
+        assert dropped.any() and moments
+        for _ in range(2):
+            state = optimizer.state[layer.values]
+            assert all((state[key][dropped] > 0).all() for key in moments)
+            assert not any(state[key][dropped].any() for key in PER_WEIGHT[name] - moments)
+            assert not layer.values[dropped].any()
+            step(model, optimizer, 6)
+    regrown = second["0"] & ~first["0"]
+    prune.update_masks(model, first, optimizer, kind=kind)
+    prune.update_masks(model, second, optimizer, kind=kind)
+    assert not any(dense_state(optimizer, model[0])[key][regrown].any() for key in moments)
+    prune.to_dense(model, optimizer)
+    assert not any(optimizer.state[model[0].weight][key][~second["0"]].any() for key in moments)
+
+
 def test_groups_of_n_in_m():
     """2:4, then 1:4 of what is left, then other 2:4 groups, and back to dense."""
     model, optimizer = trained()

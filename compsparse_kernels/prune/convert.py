@@ -20,7 +20,7 @@ from compsparse_kernels.prune.layers import (
     weight_layout,
     weight_parameter,
 )
-from compsparse_kernels.prune.state import check_holds_any, check_optimizer, check_state, move, remap
+from compsparse_kernels.prune.state import check_holds_any, check_optimizer, check_state, move, remap, starts_at_zero
 
 
 def convert(
@@ -182,7 +182,8 @@ def _layouts(layers, masks, kind, block_shape, optimizer):
         storage = (kind, block_shape)
         if kind == "auto" and optimizer is not None:
             mask = masks[name].detach().cpu().contiguous()
-            storage = choose_kind(mask, block_shape, this_machine(), with_step=True)
+            zeros = starts_at_zero(optimizer, weight_parameter(layer))
+            storage = choose_kind(mask, block_shape, this_machine(), with_step=True, state_of_zeros=zeros)
         layouts[name] = MaskLayout.from_mask(masks[name], *storage).to(weight_parameter(layer).device)
     return layouts
 

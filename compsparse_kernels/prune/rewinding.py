@@ -111,7 +111,7 @@ def optimizer_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None
     for parameter in parameters_of(optimizer):
         layout = layouts.get(parameter)
         state = state_of(optimizer, parameter)
-        states.append({key: _copied(value, parameter.shape, layout, None) for key, value in state.items()})
+        states.append({key: _copied(key, value, parameter.shape, layout, None) for key, value in state.items()})
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     return {"groups": groups, "sizes": sizes, "states": states}
 
@@ -133,14 +133,14 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved:
         shape = parameter.shape if layout is None else (layout.out_features, layout.in_features)
         optimizer.state.pop(parameter, None)
         if state:
-            optimizer.state[parameter] = {key: _copied(value, shape, None, layout) for key, value in state.items()}
+            optimizer.state[parameter] = {key: _copied(key, value, shape, None, layout) for key, value in state.items()}
 
 
 def _layouts_of_values(model):
     return {layer.values: layer.layout for layer in masked_layers(model).values()}
 
 
-def _copied(value, shape, source, target):
+def _copied(key, value, shape, source, target):
     """As :func:`remap_entry`, never the same object: optimizers write into their state."""
-    moved = remap_entry(value, shape, source, target)
+    moved = remap_entry(key, value, shape, source, target)
     return copy.deepcopy(moved) if moved is value else moved
