@@ -70,9 +70,7 @@ def threshold_attention_support(
     log_sum = scores.detach().masked_fill(~kept, -math.inf).logsumexp(-1)
     shares = weights
     if dropout_p > 0:
-        shares = weights.flatten(0, 2).index_put(
-            (rows, columns), _dropped(weights[kept], rows, columns, dropout_p, seed)
-        )
+        shares = weights.flatten(0, 2).index_put((rows, columns), _dropped(weights[kept], rows, columns, dropout_p, seed))
         shares = shares.view(weights.shape)
     out = shares @ _for_each_head(value.to(dtype), query)
     return out.to(query.dtype), row_ptr, columns.to(torch.int32), weights[kept], log_sum, slope
