@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from compsparse_kernels import MaskLayout, masked_linear, sampled_matmul
 from compsparse_kernels.ops.masked_linear import masking
 from compsparse_kernels.ops.masked_linear.masking import masked_gradient, masked_values
-from compsparse_kernels.testing import ISAS, assert_within_budget, cpu_isa, num_threads, random_mask, random_tensor, run_in_subprocess
+from compsparse_kernels.testing import (
+    ISAS,
+    assert_within_budget,
+    cpu_isa,
+    num_threads,
+    random_mask,
+    random_tensor,
+    run_in_subprocess,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (1, 0), (37, 53), (300, 513)]  # the last is more than one thread's least share

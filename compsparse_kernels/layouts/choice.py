@@ -72,7 +72,7 @@ def elements_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> int:
     """How many elements the blocks have that hold any survivor."""
     blocks = torch.from_numpy(index.block_any(mask.numpy(), *block_shape))
     sizes = [
-        (features - torch.arange(0, features, size)).clamp(max=size)
+        (features - torch.arange(0, features, size, device="cpu")).clamp(max=size)
         for features, size in zip(mask.shape, block_shape, strict=True)
     ]
     return int((blocks * sizes[1]).sum(1) @ sizes[0])

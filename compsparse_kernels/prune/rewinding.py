@@ -84,7 +84,7 @@ def rewind(model: nn.Module, snapshot: dict, optimizer: torch.optim.Optimizer | 
     require(ok, "snapshot", "what prune.snapshot returned", describe(snapshot), TypeError)
     check_optimizer(optimizer)
     if optimizer is not None:
-        _check_same_groups(optimizer, snapshot["optimizer"])
+        check_same_groups(optimizer, snapshot["optimizer"])
     try:
         model.load_state_dict(snapshot["model"])
     except RuntimeError as error:
@@ -116,7 +116,7 @@ def optimizer_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None
     return {"groups": groups, "sizes": sizes, "states": states}
 
 
-def _check_same_groups(optimizer, saved):
+def check_same_groups(optimizer, saved):
     require(saved is not None, "snapshot", "one taken with an optimizer", "one without")
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     require(sizes == saved["sizes"], "optimizer", f"groups of {saved['sizes']} parameters, as in the snapshot", sizes)

@@ -1,6 +1,6 @@
 """What belongs to a weight and moves with it when its storage changes: gradient and optimizer state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from compsparse_kernels.layouts.checks import describe, require
 
 # Means of squared gradients, by the names that torch's optimizers give them: an update is divided by their root.
 SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+
+# Optimizers of torch that take a weight's shape into account: factored or orthogonalised per matrix, or all in one.
+WHOLE_TENSOR = {"LBFGS", "Muon", "Adafactor"}
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -24,6 +27,14 @@ def check_holds_any(optimizer: torch.optim.Optimizer | None, weights: list[nn.Pa
     held = set(parameters_of(optimizer))
     ok = any(weight in held for weight in weights)
     require(ok, "optimizer", "one that holds a weight of these layers", "one that holds none of them")
+
+
+def check_steps_by_weight(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses optimizers whose steps see more than one weight at a time, even while they have no state that tells."""
+    whole = [one.__name__ for one in type(optimizer).__mro__ if one.__module__.startswith("torch.optim")]
+    whole = WHOLE_TENSOR.intersection(whole)
+    wanted = "one that treats each weight by itself, as SGD, Adam, AdamW and RMSprop do"
+    require(not whole, "optimizer", wanted, type(optimizer).__name__)
 
 
 def check_state(optimizer: torch.optim.Optimizer | None, name: str, parameter: nn.Parameter) -> None:
@@ -101,3 +112,14 @@ def remap_entry(
 def starts_at_zero(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
     """Is the state yet to be made? Then it will be 0 where a mask drops; what is there already is moved instead."""
     return not state_of(optimizer, parameter)
+
+
+def steps_in(state: object) -> int:
+    """Of the state dict of what counts steps."""
+    ok = isinstance(state, Mapping) and isinstance(state.get("steps"), int)
+    require(ok, "state", "what state_dict() returned, with the number of steps", _keys(state))
+    return state["steps"]
+
+
+def _keys(state):
+    return f"a dict of {sorted(map(str, state))}" if isinstance(state, Mapping) else describe(state)
