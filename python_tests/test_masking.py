@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from compsparse_kernels import MaskLayout, masked_linear, sampled_matmul
 from compsparse_kernels.ops.masked_linear import masking
 from compsparse_kernels.ops.masked_linear.masking import masked_gradient, masked_values
-from compsparse_kernels.testing import num_threads, random_mask, random_tensor
+from compsparse_kernels.testing import (
+    ISAS,
+    assert_within_budget,
+    cpu_isa,
+    num_threads,
+    random_mask,
+    random_tensor,
+    run_in_subprocess,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (1, 0), (37, 53), (300, 513)]  # the last is more than one thread's least share
@@ -82,14 +90,22 @@ def test_what_lies_outside_of_the_mask_does_not_matter(kind, spoil):
     weight, x = random_tensor(64, 48), random_tensor(9, 48)
     clean = layout.pack(weight)
     values = torch.where(layout.mask, clean, spoil).requires_grad_()
-    masked_linear(x, values, layout).square().sum().backward()
+    y = masked_linear(x, values, layout)
+    y.square().sum().backward()
+    assert torch.equal(y, masked_linear(x, clean, layout))
+    (dense, dense_grad), (exact, exact_grad) = (
+        _product_and_gradient(x.to(dtype), weight.to(dtype), mask) for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_budget(y.detach(), dense, exact, "y")
+    assert_within_budget(values.grad, *map(layout.pack, (dense_grad, exact_grad)), "values.grad")
+    assert is_zero_outside(values.grad, layout.mask)
+
+
+def _product_and_gradient(x, weight, mask):
     leaf = weight.clone().requires_grad_()
     y = F.linear(x, leaf * mask)
     y.square().sum().backward()
-    assert torch.equal(masked_linear(x, values, layout), masked_linear(x, clean, layout))
-    torch.testing.assert_close(masked_linear(x, values, layout), y)
-    torch.testing.assert_close(values.grad, layout.pack(leaf.grad))
-    assert is_zero_outside(values.grad, layout.mask)
+    return y.detach(), leaf.grad
 
 
 def test_a_gradient_that_is_seen_elsewhere_is_not_written():
@@ -144,3 +160,14 @@ def test_compiles_as_one_graph(kind):
     compiled, values.grad = values.grad, None
     masked_linear(x, values, layout).square().sum().backward()
     torch.testing.assert_close(compiled, values.grad)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
+def test_every_instruction_set(isa):
+    code = (
+        "import sys, pytest, compsparse_kernels.ops as ops\n"
+        f"assert ops.cpu_isa() == {isa!r}\n"
+        "tests = 'look or zeroing or clean'\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
+    )
+    run_in_subprocess(code, isa=isa)

@@ -347,6 +347,19 @@ def test_meta_device(make):
     assert torch.equal(back(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", ["auto", "csr", "block", "nm", "dense"])
+def test_meta_as_default_device(kind):
+    """The pattern stays where the mask is: it could not be initialised again."""
+    mask = (torch.arange(36) % 4 < 2).expand(20, 36).clone()
+    with torch.device("meta"):
+        empty = MaskedLinear(36, 20, mask, kind=kind)
+    assert empty.values.is_meta and empty.layout.device.type != "meta"
+    layer = MaskedLinear(36, 20, mask, kind=kind)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    x = torch.randn(3, 36)
+    assert torch.equal(empty(x), layer(x))
+
+
 @every_layer
 def test_compile_fullgraph(make):
     layer = make()
@@ -434,6 +447,13 @@ BLOCKS = torch.ones(4, 4, dtype=torch.bool)
         (lambda: MaskedLinear(4, 5, BLOCKS), ValueError, "out_features: expected 4, as in the layout, got 5"),
         (lambda: MaskedLinear(4, 4, BLOCKS.int()), ValueError, "mask: expected 2-D bool tensor, got 2-D int32"),
         (lambda: MaskedLinear(4, 4, BLOCKS, kind="coo"), ValueError, "kind: expected"),
+        (lambda: MaskedLinear(4, 4, BLOCKS, bias="x"), TypeError, "bias: expected True or False, got 'x'"),
+        (lambda: SparseDAGLinear(4, 4, BLOCKS, bias=None), TypeError, "bias: expected True or False, got None"),
+        (
+            lambda: MaskedLinear(4, 4, BLOCKS, dtype=torch.int32),
+            TypeError,
+            "dtype: expected one of float32, float64, float16, bfloat16, or None, got torch.int32",
+        ),
         (
             lambda: MaskedLinear.from_linear(nn.Conv1d(1, 1, 1), BLOCKS),
             TypeError,

@@ -156,6 +156,8 @@ ERRORS = [
         ValueError,
         "mask: expected at least one row and column, got 2-D bool tensor [0, 6]",
     ),
+    (prune.draw_mask, (MASK, 3), TypeError, "ax: expected matplotlib Axes or None, got int"),
+    (prune.draw_density, ([{"a": 1.0}], "ax"), TypeError, "ax: expected matplotlib Axes or None, got str"),
     (prune.draw_supports, (MASK[0], (2, 3)), ValueError, "mask: expected 2-D bool tensor, got 1-D bool tensor [6]"),
     (prune.draw_supports, (MASK, 6), TypeError, f"in_shape: expected {TWO_OR_THREE}, got 6"),
     (prune.draw_supports, (MASK, (6,)), ValueError, f"in_shape: expected {TWO_OR_THREE}, got (6,)"),

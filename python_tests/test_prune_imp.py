@@ -304,6 +304,35 @@ def without_the_first(directory):
     imp(rounds=1, directory=directory).run()
 
 
+def with_a_spoilt_file(directory, spoil):
+    imp(rounds=1, directory=directory).run()
+    spoil(directory / "round_001.pt")
+    imp(rounds=1, directory=directory).run()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def scheduler_of(optimizer=None):
+    return torch.optim.lr_scheduler.StepLR(optimizer or OPTIMIZERS["sgd"](net().parameters()), 3)
+
+
+def with_another_stateful(directory, second):
+    imp(rounds=1, directory=directory, stateful=[scheduler_of()]).run()
+    imp(rounds=1, directory=directory, stateful=second).run()
+
+
+def with_another_model(directory, model):
+    imp(rounds=1, directory=directory).run()
+    imp(rounds=1, directory=directory, model=model).run()
+
+
+def in_a_file(directory):
+    (directory / "file").write_text("")
+    imp(directory=directory / "file").run()
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -324,6 +353,44 @@ def without_the_first(directory):
         (lambda _: imp(evaluate=lambda model: "good").run(), TypeError, "evaluate: expected .*number.* returns str"),
         (lambda _: run_again(), ValueError, "directory: expected one with a finished round .*, got None"),
         (lambda path: resume_with(path, fraction=0.3), ValueError, "fraction: expected 0.4, as in the run of .* 0.3"),
+        (
+            lambda path: resume_with(path, optimizer="sgd"),
+            ValueError,
+            "optimizer: expected AdamW, as in the run of .*, got SGD",
+        ),
+        (
+            lambda path: with_another_stateful(path, [Odd()]),
+            ValueError,
+            r"stateful: expected \['StepLR'\], as in the run of .*, got \['Odd'\]",
+        ),
+        (lambda path: with_another_stateful(path, []), ValueError, r"stateful: expected \['StepLR'\], .*, got \[\]"),
+        (
+            lambda path: with_another_model(path, nn.Sequential(nn.Linear(13, 4), nn.Linear(4, 4), nn.Linear(4, 4))),
+            ValueError,
+            "model: expected one like that of the run of .*, got ",
+        ),
+        (
+            lambda path: with_another_model(path, nn.Sequential(nn.Linear(13, 4), nn.Linear(4, 4))),
+            ValueError,
+            r"optimizer: expected groups of \[6\] parameters, as in the snapshot, got \[4\]",
+        ),
+        (
+            lambda path: with_a_spoilt_file(path, cut),
+            ValueError,
+            r"round_001.pt: expected a whole file of torch.save, got",
+        ),
+        (
+            lambda path: with_a_spoilt_file(path, lambda file: file.write_bytes(b"")),
+            ValueError,
+            r"round_001.pt: expected a whole file of torch.save, got",
+        ),
+        (
+            lambda path: with_a_spoilt_file(path, lambda file: torch.save([3], file)),
+            ValueError,
+            r"round_001.pt: expected what a round of IMP wrote, got list",
+        ),
+        (lambda _: imp(directory=5), TypeError, "directory: expected a path or None, got int"),
+        (in_a_file, ValueError, "directory: expected a folder, there or not, got the file"),
         (without_the_first, ValueError, "directory: expected one with round_000.pt"),
         (
             lambda path: imp(stateful=[Odd()], directory=path).run(),

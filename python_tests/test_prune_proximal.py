@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -283,6 +284,47 @@ def test_the_groups_of_block_values_are_blocks():
     layer.values.grad = torch.zeros_like(layer.values)
     prune.ProximalSGD([layer.values], lr=1.0, penalty="group_l1", strength=0.01).step()
     assert layer.values.flatten(1).any(1).tolist() == [False, True] * 8
+
+
+@pytest.mark.parametrize("penalised", ["layer", "copy", "pickle", "regrown"])
+@pytest.mark.parametrize("kind", ["block", "nm"])
+def test_groups_of_the_weight_are_refused_where_values_are_stored_otherwise(kind, penalised):
+    mask = (torch.arange(16) % 4 < 2).expand(16, 16).clone()
+    layer = MaskedLinear(16, 16, mask, kind=kind)
+    if penalised == "regrown":
+        prune.update_masks(layer, {"": mask.roll(1, 1)}, kind=kind)
+    layer = {"copy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}.get(
+        penalised, lambda one: one
+    )(layer)
+    with pytest.raises(ValueError, match=r"block_shape: expected None for values that are stored .*, got \(4, 4\)"):
+        prune.ProximalSGD([layer.values], penalty="group_l1", strength=0.1, block_shape=(4, 4))
+    prune.ProximalSGD([layer.values], penalty="group_l1", strength=0.1)
+
+
+def test_groups_of_the_weight_are_refused_after_a_conversion():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Conv1d(2, 4, 3))
+    params = [model[0].weight, model[1].weight]  # of the second, a matrix is made
+    optimizer = prune.ProximalAdamW(params, penalty="group_l1", strength=0.1, block_shape=(2, 2))
+    prune.convert(model, {"0": torch.ones(16, 16, dtype=torch.bool)}, "block", optimizer)
+    model[0].values.grad, model[1].weight.grad = torch.zeros_like(model[0].values), torch.zeros(4, 2, 3)
+    with pytest.raises(ValueError, match="block_shape: expected None for values"):
+        optimizer.step()
+    prune.to_dense(model, optimizer)
+    optimizer.step()
+
+
+def test_freeze_takes_the_optimizer_along():
+    layer = nn.Linear(12, 8)
+    optimizer = prune.ProximalAdamW([{"params": [layer.weight], "penalty": "l1", "strength": 0.1}], lr=0.05)
+    layer.weight.grad = torch.zeros(8, 12)
+    for _ in range(20):
+        optimizer.step()
+    state = {key: value.clone() for key, value in optimizer.state[layer.weight].items()}
+    alive = layer.weight.detach() != 0
+    assert 0 < int(alive.sum()) < 96
+    frozen = prune.freeze(layer, "csr", optimizer)
+    assert optimizer.param_groups[0]["params"] == [frozen.values]
+    assert torch.equal(optimizer.state[frozen.values]["exp_avg"], state["exp_avg"][alive])
 
 
 @pytest.mark.parametrize("kind", ["auto", "csr", "block", "dense"])

@@ -225,6 +225,19 @@ def test_it_finds_the_support_of_a_sparse_teacher():
     assert found() == outputs * fan_in and model[0].layout.nnz == inputs * outputs // 8
 
 
+def test_layers_that_convert_puts_in_later_grow_too():
+    model, optimizer = sparse()
+    ours = rigl(model, optimizer, delta_t=3)
+    masks = {name: model.get_submodule(name).layout.to_mask() for name in NAMES}
+    prune.convert(prune.to_dense(model, optimizer), masks, "csr", optimizer)
+    grown = []
+    for k in range(3):
+        backward(model, optimizer, k)
+        grown.append(ours.step())
+    assert grown == [False, False, True]
+    assert all(not torch.equal(model.get_submodule(name).layout.to_mask(), masks[name]) for name in NAMES)
+
+
 def test_copies_and_pickles_leave_the_hooks_behind():
     model, optimizer = sparse()
     growth = rigl(model, optimizer, delta_t=1)
@@ -304,6 +317,12 @@ def test_set_follows_its_generator_and_state():
         (lambda: rigl(*sparse(), delta_t=0), ValueError, "delta_t: expected a positive int, got 0"),
         (lambda: rigl(*sparse(), end=0), ValueError, "end: expected a positive int, got 0"),
         (lambda: rigl(*sparse(), alpha=1), ValueError, r"alpha: expected a number in \[0, 1\), got 1"),
+        (lambda: rigl(*sparse()).load_state_dict({}), ValueError, r"state: expected what .*, got a dict of \[\]"),
+        (
+            lambda: prune.SET(*sparse(), every=1, generator=torch.Generator()).load_state_dict({"steps": 3}),
+            ValueError,
+            "state: expected one with a generator's state, got one without",
+        ),
         (lambda: prune.SET(*sparse(), every=0), ValueError, "every: expected a positive int, got 0"),
         (lambda: prune.SET(*sparse(), every=1, fraction=2), ValueError, r"fraction: expected a number in \[0, 1\)"),
         (lambda: prune.SET(*sparse(), every=1, generator=1), TypeError, "generator: expected torch.Generator or None"),

@@ -64,6 +64,17 @@ def pruner(**options):
     "call, error, message",
     [
         (lambda: prune.cubic_sparsity("1", begin=0, end=1, final=0.5), TypeError, "t: expected a number, got '1'"),
+        *(
+            (
+                lambda name=name, value=value: prune.cubic_sparsity(
+                    **{"t": 1, "begin": 0, "end": 3, name: value}, final=0.5
+                ),
+                ValueError,
+                f"{name}: expected a finite number, got {value}",
+            )
+            for name in ("t", "begin", "end")
+            for value in (float("nan"), float("inf"))
+        ),
         (lambda: prune.cubic_sparsity(1, begin=3, end=3, final=0.5), ValueError, "end: expected a time after begin, 3"),
         (lambda: prune.cubic_sparsity(1, begin=0, end=3, final=1), ValueError, r"final: expected a number in \[0, 1\)"),
         (
@@ -76,6 +87,12 @@ def pruner(**options):
             ValueError,
             r"initial: expected a number in \[0, 1\), got -1",
         ),
+        (
+            lambda: pruner().load_state_dict({}),
+            ValueError,
+            r"state: expected what state_dict\(\) .*, got a dict of \[\]",
+        ),
+        (lambda: pruner().load_state_dict([3]), ValueError, "state: expected what state_dict.* got list"),
         (lambda: pruner(model=1), TypeError, "model: expected nn.Module, got int"),
         (lambda: pruner(optimizer=1), TypeError, "optimizer: expected torch.optim.Optimizer, got int"),
         (lambda: pruner(select=1), TypeError, "select: expected a function, got int"),

@@ -73,6 +73,46 @@ def test_update_masks_keeps_survivors_and_starts_the_regrown_at_zero(first, seco
     assert (layer.weight != before)[regrown].any() and not layer.weight[~new["0"]].any()
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("kind", ["block", "dense"])
+def test_second_moments_are_not_zero_where_the_mask_drops(name, kind):
+    """Square roots of 0 are slow; the update there is 0 whatever they are, and what grows again starts at 0."""
+    model, optimizer = trained(name)
+    moments = PER_WEIGHT[name] & {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
+    start = prune.snapshot(model, optimizer)
+    first, second = masks_of(0.4, seed=5), masks_of(0.5, seed=50)
+    for change in (
+        lambda: prune.convert(model, first, kind, optimizer),
+        lambda: prune.update_masks(model, second, optimizer, kind=kind),
+        lambda: prune.rewind(model, start, optimizer),
+    ):
+        change()
+        layer = model[0]
+        dropped = ~layer.layout.mask
+        assert dropped.any() and moments
+        for _ in range(2):
+            state = optimizer.state[layer.values]
+            assert all((state[key][dropped] > 0).all() for key in moments)
+            assert not any(state[key][dropped].any() for key in PER_WEIGHT[name] - moments)
+            assert not layer.values[dropped].any()
+            step(model, optimizer, 6)
+    regrown = second["0"] & ~first["0"]
+    prune.update_masks(model, first, optimizer, kind=kind)
+    prune.update_masks(model, second, optimizer, kind=kind)
+    assert not any(dense_state(optimizer, model[0])[key][regrown].any() for key in moments)
+    prune.to_dense(model, optimizer)
+    assert not any(optimizer.state[model[0].weight][key][~second["0"]].any() for key in moments)
+
+
+def test_groups_of_n_in_m_are_as_wide_as_asked():
+    model, optimizer = trained()
+    mask = prune.magnitude_masks(model, nm=(1, 4))["0"]
+    prune.convert(model, {"0": mask}, "nm", optimizer, nm=(2, 8))
+    assert (model[0].layout.nm.n, model[0].layout.nm.m) == (2, 8) and torch.equal(model[0].layout.to_mask(), mask)
+    prune.update_masks(model, {"0": mask}, optimizer, kind="nm", nm=(3, 8))
+    assert (model[0].layout.nm.n, model[0].layout.nm.m) == (3, 8) and torch.equal(model[0].layout.to_mask(), mask)
+
+
 def test_groups_of_n_in_m():
     """2:4, then 1:4 of what is left, then other 2:4 groups, and back to dense."""
     model, optimizer = trained()
@@ -232,6 +272,18 @@ def convert_factored():
     prune.convert(model, {"0": MASK}, optimizer=optimizer)
 
 
+def convert_with(name):
+    """None of them has state yet that would tell; the first layer's is not asked for."""
+    model = net()
+    prune.convert(
+        model, {"2": torch.ones(17, 18, dtype=torch.bool)}, optimizer=getattr(torch.optim, name)(weights(model))
+    )
+
+
+def weights(model):
+    return [parameter for parameter in model.parameters() if parameter.dim() == 2]
+
+
 def rewind_with(saved_with, optimizer_of):
     model = net()
     prune.rewind(model, prune.snapshot(model, saved_with(model)), optimizer_of(model))
@@ -280,10 +332,30 @@ SGD = partial(torch.optim.SGD, lr=0.1)
         (
             lambda: prune.update_masks(masked(), {"0": MASK}, fill={"2": MASK}),
             ValueError,
-            r"fill\['0'\]: expected tensor \[18, 13\], got NoneType",
+            r"fill\['0'\]: expected real tensor \[18, 13\], got NoneType",
         ),
         (lambda: prune.to_dense(tied()), ValueError, "model: layer '0': expected .* own, got one tied to .* of '1'"),
-        (lambda: lbfgs(), ValueError, r"optimizer: expected state 'd' of '0' to be .*, got 1-D float32 tensor"),
+        (
+            lambda: prune.update_masks(masked(), {"0": MASK}, fill={"0": torch.ones(18, 13, dtype=torch.complex64)}),
+            ValueError,
+            r"fill\['0'\]: expected real tensor \[18, 13\], got 2-D complex64 tensor",
+        ),
+        (
+            lambda: prune.convert(net(), {"0": MASK}, "nm", nm=(2, 4)),
+            ValueError,
+            r"masks\['0'\]: expected at most 2 survivors in each 4 columns",
+        ),
+        (
+            lambda: prune.convert(net(), {"0": MASK}, nm=(2, 4)),
+            ValueError,
+            r"nm: expected None with kind auto, got \(2",
+        ),
+        (lambda: prune.convert(net(), {"0": MASK}, "nm", nm=2), TypeError, r"nm: expected \(n, m\), got 2"),
+        *(
+            (partial(convert_with, name), ValueError, f"optimizer: expected one that treats each weight.* got {name}")
+            for name in ("LBFGS", "Muon", "Adafactor")
+            if hasattr(torch.optim, name)
+        ),
         (lambda: prune.to_dense(masked(), "adam"), TypeError, "optimizer: expected .*Optimizer or None, got str"),
         (
             lambda: prune.to_dense(masked(), SGD(net().parameters())),
@@ -320,21 +392,6 @@ def tied():
     model = nn.Sequential(*(MaskedLinear(13, 18, MASK) for _ in range(2)))
     model[1].values = model[0].values
     return model
-
-
-def lbfgs():
-    """Its state belongs to the first parameter and speaks of all of them."""
-    model = net()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-
-    def closure():
-        loss = model(torch.ones(2, 13)).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    prune.convert(model, {"0": MASK}, optimizer=optimizer)
 
 
 def shared():

@@ -327,7 +327,7 @@ class BlockLayout:
 
 
 def _own_slots(ptr: torch.Tensor, idx: torch.Tensor) -> BlockOrder:
-    return BlockOrder(ptr, idx, torch.arange(len(idx), dtype=torch.int32))
+    return BlockOrder(ptr, idx, torch.arange(len(idx), dtype=torch.int32, device="cpu"))
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:

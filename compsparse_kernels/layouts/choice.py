@@ -25,9 +25,14 @@ class Choice(NamedTuple):
 
 
 def choose_kind(
-    mask: torch.Tensor, block_shape: tuple[int, int] | None, costs: CostModel, with_step: bool = False
+    mask: torch.Tensor,
+    block_shape: tuple[int, int] | None,
+    costs: CostModel,
+    with_step: bool = False,
+    state_of_zeros: bool = True,
 ) -> Choice:
-    """The kind that runs fastest for a mask ``[out, in]``; ``with_step`` counts the optimizer's step in.
+    """The kind that runs fastest for a mask ``[out, in]``; ``with_step`` counts the optimizer's step in, where
+    ``state_of_zeros`` tells whether its state is 0 (and not 1) where the mask drops.
 
     Blocks are 32 x 32, 16 x 16 or 8 x 8, or ``block_shape`` alone; they may be partly filled, and then cost as much as
     whole ones; so may the slots of an N:M pattern. Of ways that cost the same, the first of blocks, csr, N:M is taken.
@@ -35,7 +40,7 @@ def choose_kind(
     features, survivors = sum(mask.shape), count(mask)
 
     def cost(way: str, stored: int) -> float:
-        step = costs.step_microseconds(stored, survivors) if with_step else 0
+        step = costs.step_microseconds(stored, state_of_zeros and stored != survivors) if with_step else 0
         return costs.microseconds(way, features, stored) + step
 
     costed = [(cost(way, stored), choice) for way, stored, choice in _ways(mask, block_shape, survivors)]
@@ -67,7 +72,7 @@ def elements_of_blocks(mask: torch.Tensor, block_shape: tuple[int, int]) -> int:
     """How many elements the blocks have that hold any survivor."""
     blocks = torch.from_numpy(index.block_any(mask.numpy(), *block_shape))
     sizes = [
-        (features - torch.arange(0, features, size)).clamp(max=size)
+        (features - torch.arange(0, features, size, device="cpu")).clamp(max=size)
         for features, size in zip(mask.shape, block_shape, strict=True)
     ]
     return int((blocks * sizes[1]).sum(1) @ sizes[0])

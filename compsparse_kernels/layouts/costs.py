@@ -37,7 +37,7 @@ class Line(NamedTuple):
 @dataclass(frozen=True)
 class CostModel:
     """A :class:`Line` per way to store a mask: ``dense``, ``csr``, ``nm``, ``block 32``, ``block 16``, ``block 8``; and
-    of Adam's step, where all stored elements are trained (``step``) and where some are zeros (``step with zeros``).
+    of Adam's step, where its state has no zeros (``step``) and where it has some (``step with zeros``).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -62,9 +62,9 @@ class CostModel:
         line = self.lines[way]
         return line.per_feature * features + line.per_element * stored
 
-    def step_microseconds(self, stored: int, survivors: int) -> float:
-        """Of a step of the optimizer on ``stored`` elements, all but ``survivors`` of which are zeros."""
-        return self.lines["step" if stored == survivors else "step with zeros"].per_element * stored
+    def step_microseconds(self, stored: int, with_zeros: bool) -> float:
+        """Of a step of the optimizer on ``stored`` elements, with zeros in its state or without."""
+        return self.lines["step with zeros" if with_zeros else "step"].per_element * stored
 
     def save(self, path: Path) -> None:
         """As JSON, if nobody was faster: all processes of a machine go by the same file."""

@@ -84,7 +84,7 @@ class MaskedLinear(SparseLinear):
         elif layout.kind == "block":
             pattern |= block_pattern(layout.blocks)
         elif layout.kind == "nm":
-            pattern |= {"positions": layout.nm.positions, "nm": torch.tensor([layout.nm.n, layout.nm.m])}
+            pattern |= {"positions": layout.nm.positions, "nm": torch.tensor([layout.nm.n, layout.nm.m], device="cpu")}
         return pattern
 
     def _layout_of(self, pattern, values):

@@ -2,9 +2,17 @@
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from compsparse_kernels.layouts import BlockLayout, BlockOrder
 from compsparse_kernels.layouts.checks import describe, require
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+# How the values that layers train are stored: for optimizers, which are given bare Parameters. Not an attribute of
+# theirs, which would be pickled with them.
+LAYOUT_OF_VALUES = WeakTensorKeyDictionary()
 
 
 class SparseLinear(nn.Module):
@@ -19,6 +27,9 @@ class SparseLinear(nn.Module):
         super().__init__()
         for name, features in (("in_features", in_features), ("out_features", out_features)):
             require(features == getattr(layout, name), name, f"{getattr(layout, name)}, as in the layout", features)
+        require(isinstance(bias, bool), "bias", "True or False", repr(bias), TypeError)
+        named = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        require(dtype is None or dtype in DTYPES, "dtype", f"one of {named}, or None", dtype, TypeError)
         self.in_features, self.out_features = in_features, out_features
         self.layout = layout
         self.values = nn.Parameter(torch.empty(layout.values_shape, device=device, dtype=dtype))
@@ -28,6 +39,20 @@ class SparseLinear(nn.Module):
             self.register_parameter("bias", None)
         self._move_layout()
         self.reset_parameters()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("values", "layout"):
+            self._note_layout()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._note_layout()  # copies and pickles have Parameters of their own
+
+    def _note_layout(self):
+        values = self._parameters.get("values")
+        if values is not None and "layout" in self.__dict__:
+            LAYOUT_OF_VALUES[values] = self.layout
 
     def _product(self, x, values, bias):
         """``x W^T + b``."""

@@ -31,6 +31,9 @@ def read(path: Path, shown_as: Path | None = None) -> dict:
     except pickle.UnpicklingError as error:
         wanted, came = "tensors and plain data", "what torch.load(weights_only=True) refuses"
         raise ValueError(f"{shown_as or path}: expected {wanted}, got {came}") from error
+    except (EOFError, RuntimeError) as error:  # what torch.load raises of files cut short
+        came = f"what torch.load cannot read ({str(error).splitlines()[0]})" if str(error) else "an empty file"
+        raise ValueError(f"{shown_as or path}: expected a whole file of torch.save, got {came}") from error
 
 
 def random_state() -> dict:

@@ -12,6 +12,7 @@ from compsparse_kernels.layouts.checks import check_bool_matrix, describe, requi
 from compsparse_kernels.layouts.choice import choose_kind
 from compsparse_kernels.layouts.costs import this_machine
 from compsparse_kernels.layouts.mask import KINDS
+from compsparse_kernels.layouts.nm import check_nm
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.layers import (
     is_prunable,
@@ -20,7 +21,15 @@ from compsparse_kernels.prune.layers import (
     weight_layout,
     weight_parameter,
 )
-from compsparse_kernels.prune.state import check_holds_any, check_optimizer, check_state, move, remap
+from compsparse_kernels.prune.state import (
+    check_holds_any,
+    check_optimizer,
+    check_state,
+    check_steps_by_weight,
+    move,
+    remap,
+    starts_at_zero,
+)
 
 
 def convert(
@@ -30,6 +39,7 @@ def convert(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     block_shape: tuple[int, int] | None = None,
+    nm: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`MaskedLinear` layers that hold what the masks keep, in place.
 
@@ -47,6 +57,7 @@ def convert(
             remapped. Any optimizer serves whose state is one number per weight, or one for all of them: SGD with
             momentum, Adam, AdamW, RMSprop. Without it, make the optimizer after the conversion.
         block_shape: of the blocks of kind ``"block"`` or ``"auto"``, see :meth:`MaskLayout.from_mask`.
+        nm: of kind ``"nm"``, (N, M); by default the cheapest common pattern that each mask satisfies.
 
     ``DistributedDataParallel`` remembers the parameters that it was made with, and would no longer average gradients:
     hand over the module inside it, and wrap that anew.
@@ -72,7 +83,7 @@ def convert(
     """
     layers = _checked_layers(model, masks)
     _check_parameters(model, layers, optimizer)
-    layouts = _layouts(layers, masks, kind, block_shape, optimizer)
+    layouts = _layouts(layers, masks, kind, block_shape, nm, optimizer)
     replacements = {}
     for name, layer in layers.items():
         if isinstance(layer, MaskedLinear):
@@ -90,6 +101,7 @@ def update_masks(
     kind: str = "auto",
     fill: float | Mapping[str, torch.Tensor] = 0.0,
     block_shape: tuple[int, int] | None = None,
+    nm: tuple[int, int] | None = None,
 ) -> nn.Module:
     """New masks for layers that are :class:`MaskedLinear` already: prune further, or regrow, in place.
 
@@ -99,7 +111,7 @@ def update_masks(
     anew, ``torch._dynamo.config.recompile_limit`` times at most.
 
     Args:
-        model, masks, optimizer, kind, block_shape: as in :func:`convert`.
+        model, masks, optimizer, kind, block_shape, nm: as in :func:`convert`.
         fill: a number, or ``{name: [out, in]}`` of the values that regrown entries start from, for each of ``masks``.
 
     Returns:
@@ -123,7 +135,7 @@ def update_masks(
         wanted = "a name of a MaskedLinear (prune.convert makes them)"
         require(is_masked, f"masks[{name!r}]", wanted, type(layer).__name__)
     _check_parameters(model, layers, optimizer)
-    layouts = _layouts(layers, masks, kind, block_shape, optimizer)
+    layouts = _layouts(layers, masks, kind, block_shape, nm, optimizer)
     fills = _checked_fills(layers, fill)
     for name, layer in layers.items():
         _store_anew(layer, layouts[name], fills[name], optimizer)
@@ -174,22 +186,35 @@ def _checked_layers(model, masks):
     return {name: layers[name] for name in masks}
 
 
-def _layouts(layers, masks, kind, block_shape, optimizer):
+def _layouts(layers, masks, kind, block_shape, nm, optimizer):
     """Who brings an optimizer will train, so kind auto counts its steps in."""
-    check_storage(kind, block_shape)
+    check_storage(kind, block_shape, nm)
     layouts = {}
     for name, layer in layers.items():
-        storage = (kind, block_shape)
+        storage = (kind, block_shape, nm)
         if kind == "auto" and optimizer is not None:
             mask = masks[name].detach().cpu().contiguous()
-            storage = choose_kind(mask, block_shape, this_machine(), with_step=True)
-        layouts[name] = MaskLayout.from_mask(masks[name], *storage).to(weight_parameter(layer).device)
+            zeros = starts_at_zero(optimizer, weight_parameter(layer))
+            storage = choose_kind(mask, block_shape, this_machine(), with_step=True, state_of_zeros=zeros)
+        layouts[name] = _layout(name, masks[name], storage).to(weight_parameter(layer).device)
     return layouts
+
+
+def _layout(name, mask, storage):
+    try:
+        return MaskLayout.from_mask(mask, *storage)
+    except (TypeError, ValueError) as error:  # which calls it "mask"
+        argument, _, rest = str(error).partition(": ")
+        if argument != "mask":
+            raise
+        raise type(error)(f"masks[{name!r}]: {rest}") from error
 
 
 def _check_parameters(model, layers, optimizer, argument="masks[{!r}]"):
     """Of each layer: a weight of its own, that is an ordinary Parameter, with state that can be remapped."""
     check_optimizer(optimizer)
+    if layers:
+        check_steps_by_weight(optimizer)
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     wanted = "the module inside DistributedDataParallel (wrap it anew afterwards)"
     require(not wrapped, "model", wanted, "the wrapper, which would not see new parameters")
@@ -212,12 +237,15 @@ def _check_parameters(model, layers, optimizer, argument="masks[{!r}]"):
     check_holds_any(optimizer, weights)
 
 
-def check_storage(kind: object, block_shape: object) -> None:
+def check_storage(kind: object, block_shape: object, nm: object = None) -> None:
     """What :meth:`MaskLayout.from_mask` would refuse of any mask; for those who convert later."""
     require(kind == "auto" or kind in KINDS, "kind", f"auto or one of {', '.join(KINDS)}", repr(kind))
     if block_shape is not None:
         require(kind in ("auto", "block"), "block_shape", f"None with kind {kind}", block_shape)
         check_block_shape(block_shape)
+    if nm is not None:
+        require(kind == "nm", "nm", f"None with kind {kind}", nm)
+        check_nm(nm)
 
 
 def _checked_fills(layers, fill):
@@ -227,8 +255,8 @@ def _checked_fills(layers, fill):
         return dict.fromkeys(layers, fill)
     for name, layer in layers.items():
         value, shape = fill.get(name), (layer.out_features, layer.in_features)
-        ok = isinstance(value, torch.Tensor) and value.shape == shape
-        require(ok, f"fill[{name!r}]", f"tensor {list(shape)}", describe(value))
+        ok = isinstance(value, torch.Tensor) and value.shape == shape and not value.is_complex()
+        require(ok, f"fill[{name!r}]", f"real tensor {list(shape)}", describe(value))
     return fill
 
 

@@ -215,6 +215,10 @@ def _axes(ax, size):
         from matplotlib import pyplot
 
         ax = pyplot.subplots(figsize=size, layout="constrained")[1]
+    else:
+        from matplotlib.axes import Axes
+
+        require(isinstance(ax, Axes), "ax", "matplotlib Axes or None", type(ax).__name__, TypeError)
     ax.tick_params(labelsize=8, colors=INK)
     return ax
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from compsparse_kernels.layouts.checks import check_positive_int, require
+from compsparse_kernels.layouts.checks import check_positive_int, describe, require
 from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.checkpoints import random_state, read, set_random_state, write
 from compsparse_kernels.prune.convert import check_storage, convert, to_dense
 from compsparse_kernels.prune.layers import masked_layers, prunable_layers
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
-from compsparse_kernels.prune.rewinding import optimizer_snapshot, restore_optimizer, rewind, snapshot
+from compsparse_kernels.prune.rewinding import (
+    check_same_groups,
+    optimizer_snapshot,
+    restore_optimizer,
+    rewind,
+    snapshot,
+)
+
+SAVED = {"plan", "types", "history", "masked", "model", "optimizer", "stateful", "start", "random"}  # in each file
 
 Evaluation = float | dict[str, float] | None
 
@@ -126,6 +135,8 @@ class IMP:
         )
         require(ok, "stateful", "a list of objects with state_dict and load_state_dict", repr(stateful), TypeError)
         check_storage(kind, block_shape)
+        is_path = directory is None or isinstance(directory, (str, os.PathLike))
+        require(is_path, "directory", "a path or None", type(directory).__name__, TypeError)
         self.model, self.optimizer = model, optimizer
         self.history: list[Round] = []
         self._step, self._select, self._evaluate, self._stateful = step, select, evaluate, stateful
@@ -139,6 +150,8 @@ class IMP:
     def run(self) -> list[Round]:
         """All rounds that are not done yet; returns the history."""
         if self._directory is not None:
+            is_file = self._directory.exists() and not self._directory.is_dir()
+            require(not is_file, "directory", "a folder, there or not", f"the file {str(self._directory)!r}")
             self._directory.mkdir(parents=True, exist_ok=True)
             self._resume()
         wanted = "one with a finished round to go on from, as the last run was interrupted"
@@ -203,6 +216,7 @@ class IMP:
             self._file(number),
             {
                 "plan": self._plan,
+                "types": self._types(),
                 "history": [dataclasses.asdict(done) for done in self.history],
                 "masked": list(masked_layers(self.model)),
                 "model": self.model.state_dict(),
@@ -217,28 +231,45 @@ class IMP:
         done = [number for number in range(self._rounds + 1) if self._file(number).exists()]
         if not done:
             return
-        saved = read(self._file(done[-1]))
-        for name, value in self._plan.items():
-            there = saved["plan"][name]
+        saved = self._read(done[-1])
+        for name, value in (self._plan | self._types()).items():
+            there = (saved["plan"] | saved["types"]).get(name)
             require(value == there, name, f"{there}, as in the run of {str(self._directory)!r}", value)
         require(done[0] == 0, "directory", "one with round_000.pt, where rounds rewind to", str(self._directory))
-        self._start = read(self._file(0))["start"]
-        self.history[:] = [Round(**entry) for entry in saved["history"]]
+        self._start = self._read(0)["start"]
+        check_same_groups(self.optimizer, saved["optimizer"])
         self._restore_model(saved["masked"], saved["model"])
+        self.history[:] = [Round(**entry) for entry in saved["history"]]
         restore_optimizer(self.model, self.optimizer, saved["optimizer"])
         self._restore_others(saved["stateful"])
         set_random_state(saved["random"])
         self._under_way = False
 
+    def _types(self):
+        """What must be the same objects when a run goes on; their states would load into others, or almost."""
+        return {"optimizer": type(self.optimizer).__name__, "stateful": [type(one).__name__ for one in self._stateful]}
+
+    def _read(self, number):
+        saved = read(self._file(number))
+        ok = isinstance(saved, dict) and saved.keys() >= SAVED
+        require(ok, str(self._file(number)), "what a round of IMP wrote", describe(saved))
+        return saved
+
     def _restore_model(self, masked, state):
         """The state dict brings masks and kinds along: kind auto might choose others today."""
         self.model = to_dense(self.model, self.optimizer)
         layers = prunable_layers(self.model)
+        wanted = f"one like that of the run of {str(self._directory)!r}"
+        missing = [name for name in masked if name not in layers]
+        require(not missing, "model", wanted, f"one without the linear layers {', '.join(missing)}")
         empty = {
             name: torch.zeros(layers[name].out_features, layers[name].in_features, dtype=torch.bool) for name in masked
         }
         self.model = convert(self.model, empty, "csr", self.optimizer)
-        self.model.load_state_dict(state)
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"model: expected {wanted}, got another: {error}") from error
 
     def _file(self, number) -> Path:
         return self._directory / f"round_{number:03}.pt"

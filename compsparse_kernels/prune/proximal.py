@@ -6,6 +6,7 @@ from torch import nn
 
 from compsparse_kernels.layouts.checks import describe, require
 from compsparse_kernels.nn import MaskedLinear
+from compsparse_kernels.nn.sparse_linear import LAYOUT_OF_VALUES
 from compsparse_kernels.ops import proximal_adamw_, proximal_sgd_
 from compsparse_kernels.ops.proximal.api import check_betas, check_nesterov, check_number, check_penalty
 from compsparse_kernels.prune.convert import convert
@@ -17,6 +18,10 @@ UNSUPPORTED = ("maximize", "amsgrad")  # options of torch's optimizers that stat
 def _check_groups(param, group):
     if group["penalty"] == "group_l1" and param.dim() < 2:
         require(False, "params", "tensors of 2 or more dimensions, as groups are blocks of a matrix", describe(param))
+    layout = LAYOUT_OF_VALUES.get(param)
+    if group["penalty"] == "group_l1" and group["block_shape"] is not None and param.dim() == 3 and layout is not None:
+        wanted = "None for values that are stored as blocks, which are the groups, or as N:M"
+        require(False, "block_shape", wanted, f"{group['block_shape']} for those of {layout}")
 
 
 class _Proximal(torch.optim.Optimizer):
@@ -69,7 +74,8 @@ class _Proximal(torch.optim.Optimizer):
 
         Raises:
             TypeError: where a gradient is sparse.
-            ValueError: where ``"group_l1"`` meets a parameter of one dimension, as the values of kind csr are.
+            ValueError: where ``"group_l1"`` meets a parameter of one dimension, as the values of kind csr are, or a
+                ``block_shape`` meets values that are stored as blocks.
         """
         loss = None
         if closure is not None:
@@ -136,7 +142,7 @@ class ProximalSGD(_SGD):
             dampened makes the loss's gradients ``1 / (1 - momentum)`` as large, but not the penalty: what is minimised
             then is the loss plus ``(1 - momentum) / (1 - dampening)`` of it.
         block_shape: of ``"group_l1"``: blocks ``(rows, columns)`` of the weight as a matrix; None for whole rows, that
-            is all that feeds one output.
+            is all that feeds one output. Values of kind ``"block"`` and ``"nm"`` are no such matrix, and take None.
 
     The state is that of ``torch.optim.SGD``: a state dict of either loads into the other. Half precision is computed
     in float32 and rounded once. :func:`freeze` makes masks of the zeros.
@@ -308,7 +314,7 @@ class ProximalAdamW(_Proximal):
         state["step"] += 1
 
 
-def freeze(model: nn.Module, kind: str = "auto") -> nn.Module:
+def freeze(model: nn.Module, kind: str = "auto", optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Store what proximal training left: exact zeros become masks, and layers hold the other weights only, in place.
 
     Layers of type ``nn.Linear`` (not subclasses) in which some weight is 0 become :class:`MaskedLinear`; a
@@ -316,9 +322,9 @@ def freeze(model: nn.Module, kind: str = "auto") -> nn.Module:
     computes what it did.
 
     Args:
-        model: any module; a linear layer itself is converted too, then use what is returned. The state of an optimizer
-            made before does not follow: make a new one to train on.
+        model: any module; a linear layer itself is converted too, then use what is returned.
         kind: how to store the masks, see :meth:`MaskLayout.from_mask`.
+        optimizer: exchanged and remapped as in :func:`convert`. Without it, make a new one to train on.
 
     Returns:
         The model.
@@ -345,4 +351,4 @@ def freeze(model: nn.Module, kind: str = "auto") -> nn.Module:
         stored = layer.layout.to_mask() if isinstance(layer, MaskedLinear) else torch.ones_like(alive)
         if not torch.equal(alive, stored):
             masks[name] = alive
-    return convert(model, masks, kind)
+    return convert(model, masks, kind, optimizer)

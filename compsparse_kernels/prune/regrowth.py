@@ -12,6 +12,7 @@ from compsparse_kernels.nn import MaskedLinear
 from compsparse_kernels.prune.convert import check_storage, update_masks
 from compsparse_kernels.prune.layers import masked_layers
 from compsparse_kernels.prune.magnitude import DEAD, check_share, largest, magnitude_of
+from compsparse_kernels.prune.state import steps_in
 
 CHUNK_ELEMENTS = 2**17  # of the dense gradient at a time: half a MiB in float32, which stays in cache
 
@@ -63,7 +64,7 @@ class _DropAndGrow:
         return {"steps": self._steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self._steps = state["steps"]
+        self._steps = steps_in(state)
 
 
 class RigL(_DropAndGrow):
@@ -92,6 +93,7 @@ class RigL(_DropAndGrow):
         process_group: of ``torch.distributed``, where its members train one model on parts of a batch: they add up
             their gradients, chunk by chunk, so that all of them choose the same masks.
 
+    Layers that :func:`to_dense` and :func:`convert` put in later are watched from the next :meth:`step` on.
     Gradients of several backward passes before a :meth:`step` add up. A layer that took no part in them is left as it
     is, and so is one whose gradient is not finite, as happens under a gradient scaler.
 
@@ -134,8 +136,15 @@ class RigL(_DropAndGrow):
         check_share("alpha", alpha)
         self._end, self._alpha, self._group = end, alpha, process_group
         self._caught: dict[nn.Module, list] = {}  # of each layer, inputs and output gradients of this step
-        for layer in masked_layers(model).values():
-            layer.register_forward_hook(_ForwardHook(self), with_kwargs=True)
+        self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._watch()
+
+    def _watch(self):
+        """Also layers that were put in since, by to_dense and convert: they lack the hooks of those they replace."""
+        for layer in masked_layers(self.model).values():
+            if layer not in self._watched:
+                layer.register_forward_hook(_ForwardHook(self), with_kwargs=True)
+                self._watched.add(layer)
 
     def _is_due(self, step):
         return super()._is_due(step) and step < self._end
@@ -156,6 +165,7 @@ class RigL(_DropAndGrow):
             return super().step()
         finally:
             self._caught.clear()
+            self._watch()
 
     def _new_mask(self, name, layer):
         pairs = self._pairs(layer)
@@ -273,9 +283,12 @@ class SET(_DropAndGrow):
         return state if self._generator is None else state | {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
+        steps_in(state)
         if self._generator is not None:
+            there = isinstance(state.get("generator"), torch.Tensor)
+            require(there, "state", "one with a generator's state", "one without")
             self._generator.set_state(state["generator"])
+        super().load_state_dict(state)
 
 
 def _largest_gradients(layer, pairs, taken, count, group):

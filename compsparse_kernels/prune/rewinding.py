@@ -84,7 +84,7 @@ def rewind(model: nn.Module, snapshot: dict, optimizer: torch.optim.Optimizer | 
     require(ok, "snapshot", "what prune.snapshot returned", describe(snapshot), TypeError)
     check_optimizer(optimizer)
     if optimizer is not None:
-        _check_same_groups(optimizer, snapshot["optimizer"])
+        check_same_groups(optimizer, snapshot["optimizer"])
     try:
         model.load_state_dict(snapshot["model"])
     except RuntimeError as error:
@@ -111,12 +111,12 @@ def optimizer_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None
     for parameter in parameters_of(optimizer):
         layout = layouts.get(parameter)
         state = state_of(optimizer, parameter)
-        states.append({key: _copied(value, parameter.shape, layout, None) for key, value in state.items()})
+        states.append({key: _copied(key, value, parameter.shape, layout, None) for key, value in state.items()})
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     return {"groups": groups, "sizes": sizes, "states": states}
 
 
-def _check_same_groups(optimizer, saved):
+def check_same_groups(optimizer, saved):
     require(saved is not None, "snapshot", "one taken with an optimizer", "one without")
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     require(sizes == saved["sizes"], "optimizer", f"groups of {saved['sizes']} parameters, as in the snapshot", sizes)
@@ -133,14 +133,14 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved:
         shape = parameter.shape if layout is None else (layout.out_features, layout.in_features)
         optimizer.state.pop(parameter, None)
         if state:
-            optimizer.state[parameter] = {key: _copied(value, shape, None, layout) for key, value in state.items()}
+            optimizer.state[parameter] = {key: _copied(key, value, shape, None, layout) for key, value in state.items()}
 
 
 def _layouts_of_values(model):
     return {layer.values: layer.layout for layer in masked_layers(model).values()}
 
 
-def _copied(value, shape, source, target):
+def _copied(key, value, shape, source, target):
     """As :func:`remap_entry`, never the same object: optimizers write into their state."""
-    moved = remap_entry(value, shape, source, target)
+    moved = remap_entry(key, value, shape, source, target)
     return copy.deepcopy(moved) if moved is value else moved

@@ -1,5 +1,6 @@
 """Gradual pruning: sparsity that rises while the model trains."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from compsparse_kernels.layouts.checks import check_positive_int, require
 from compsparse_kernels.prune.convert import check_storage, convert
 from compsparse_kernels.prune.magnitude import check_share, magnitude_masks
+from compsparse_kernels.prune.state import steps_in
 
 
 def cubic_sparsity(t: float, *, begin: float, end: float, final: float, initial: float = 0.0) -> float:
@@ -34,6 +36,7 @@ def cubic_sparsity(t: float, *, begin: float, end: float, final: float, initial:
     for name, value in (("t", t), ("begin", begin), ("end", end)):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(is_number, name, "a number", repr(value), TypeError)
+        require(math.isfinite(value), name, "a finite number", value)
     require(begin < end, "end", f"a time after begin, {begin}", end)
     check_share("final", final)
     check_share("initial", initial)
@@ -130,4 +133,4 @@ class GradualPruner:
         return {"steps": self._steps}
 
     def load_state_dict(self, state: dict) -> None:
-        self._steps = state["steps"]
+        self._steps = steps_in(state)

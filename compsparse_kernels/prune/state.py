@@ -1,12 +1,18 @@
 """What belongs to a weight and moves with it when its storage changes: gradient and optimizer state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from compsparse_kernels.layouts import MaskLayout
 from compsparse_kernels.layouts.checks import describe, require
+
+# Means of squared gradients, by the names that torch's optimizers give them: an update is divided by their root.
+SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+
+# Optimizers of torch that take a weight's shape into account: factored or orthogonalised per matrix, or all in one.
+WHOLE_TENSOR = {"LBFGS", "Muon", "Adafactor"}
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -21,6 +27,14 @@ def check_holds_any(optimizer: torch.optim.Optimizer | None, weights: list[nn.Pa
     held = set(parameters_of(optimizer))
     ok = any(weight in held for weight in weights)
     require(ok, "optimizer", "one that holds a weight of these layers", "one that holds none of them")
+
+
+def check_steps_by_weight(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses optimizers whose steps see more than one weight at a time, even while they have no state that tells."""
+    whole = [one.__name__ for one in type(optimizer).__mro__ if one.__module__.startswith("torch.optim")]
+    whole = WHOLE_TENSOR.intersection(whole)
+    wanted = "one that treats each weight by itself, as SGD, Adam, AdamW and RMSprop do"
+    require(not whole, "optimizer", wanted, type(optimizer).__name__)
 
 
 def check_state(optimizer: torch.optim.Optimizer | None, name: str, parameter: nn.Parameter) -> None:
@@ -76,10 +90,36 @@ def move(
                 group["params"][place] = new
     if old in optimizer.state:
         state = optimizer.state.pop(old)
-        optimizer.state[new] = {key: remap_entry(value, old.shape, source, target) for key, value in state.items()}
+        optimizer.state[new] = {key: remap_entry(key, value, old.shape, source, target) for key, value in state.items()}
 
 
-def remap_entry(value: object, shape: torch.Size, source: MaskLayout | None, target: MaskLayout | None) -> object:
+def remap_entry(
+    key: str, value: object, shape: torch.Size, source: MaskLayout | None, target: MaskLayout | None
+) -> object:
     """An entry of optimizer state; what is one number for all weights (a step count) stays as it is."""
     per_weight = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == shape
-    return remap(value, source, target) if per_weight else value
+    if not per_weight:
+        return value
+    moved = remap(value, source, target)
+    if key in SECOND_MOMENTS and target is not None and target.drops:
+        # Gradient and momentum are 0 where the mask drops, and so is the update, whatever it is divided by: 1 keeps
+        # it from the slow path that 0 (6 times as long) takes through MKL's square root. Nobody reads what is there:
+        # unpack leaves it out, so an entry that grows again starts at 0.
+        moved.masked_fill_(~target.mask, 1)
+    return moved
+
+
+def starts_at_zero(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Is the state yet to be made? Then it will be 0 where a mask drops; what is there already is moved instead."""
+    return not state_of(optimizer, parameter)
+
+
+def steps_in(state: object) -> int:
+    """Of the state dict of what counts steps."""
+    ok = isinstance(state, Mapping) and isinstance(state.get("steps"), int)
+    require(ok, "state", "what state_dict() returned, with the number of steps", _keys(state))
+    return state["steps"]
+
+
+def _keys(state):
+    return f"a dict of {sorted(map(str, state))}" if isinstance(state, Mapping) else describe(state)

@@ -1,4 +1,4 @@
-// masked_linear's tables: pack, product, sampled, against plain loops.
+// masked_linear's tables: pack, product, sampled and the two of kind dense, against plain loops.
 #include "harness.h"
 
 namespace {
@@ -125,12 +125,49 @@ void check_kernels(const MaskedKernels<T>& kernel) {
   }
 }
 
+// Every single element outside of the mask is seen, and only those are written.
+template <typename Bits>
+void check_masking(const MaskingKernels<Bits>& kernel) {
+  constexpr Bits sign = Bits(1) << (8 * sizeof(Bits) - 1);
+  std::mt19937 generator(0);
+  std::bernoulli_distribution kept(0.5);
+  for (const int64_t size : {0, 1, 7, 64, 129, 4097}) {
+    const std::string what = "masking " + std::to_string(8 * sizeof(Bits)) + " bits, size " + std::to_string(size);
+    Buffer<uint8_t> mask(size);
+    Buffer<Bits> values(size);
+    std::vector<double> exact(size);
+    const auto look = [&] { return kernel.any_outside(values.data(), mask.data(), {0, size}); };
+    for (int64_t i = 0; i < size; ++i) {
+      mask[i] = kept(generator);
+      values[i] = mask[i] ? Bits(i + 1) : i % 2 ? sign : Bits(0);
+      exact[i] = mask[i] ? double(i + 1) : 0;
+    }
+    bool right = !look();
+    for (int64_t i = 0; i < size; i += 1 + size / 64)
+      for (const Bits odd : {Bits(1), Bits(sign | 1), Bits(sign >> 1)}) {
+        const Bits before = values[i];
+        values[i] = odd;
+        right &= look() == !mask[i];
+        values[i] = before;
+      }
+    const double looked = right, expected = 1;
+    sanitize::expect_equal(&looked, &expected, 1, what + ": the look");
+    for (int64_t part = 0; part < 2; ++part) kernel.zero_outside(values.data(), mask.data(), half(size, part));
+    std::vector<double> written(size);
+    for (int64_t i = 0; i < size; ++i) written[i] = double(values[i]);
+    sanitize::expect_equal(written.data(), exact.data(), size, what);
+  }
+}
+
 std::function<void()> check(const MaskedTable& table) {
   return [&table] {
     check_kernels(table.f32);
     check_kernels(table.f64);
     check_kernels(table.bf16);
     check_kernels(table.f16);
+    check_masking(table.masking16);
+    check_masking(table.masking32);
+    check_masking(table.masking64);
   };
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../kernels.h"
 #include "../partition.h"
 
 namespace compsparse {
@@ -13,41 +14,28 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 4096;  // elements between two looks at the answer
-
-// Calls body(Bits()) with the unsigned integer that is as wide as the elements; zero is a matter of bits.
+// Calls body(kernel) with the kernels for elements as wide as those of `values`.
 template <class Body>
-void with_bits_of(const Tensor& values, const Body& body) {
+void with_kernels_for(const Tensor& values, const Body& body) {
+  const MaskedTable& table = *kernels().masked;
   switch (values.element_size()) {
     case 2:
-      return body(uint16_t());
+      return body(table.masking16);
     case 4:
-      return body(uint32_t());
+      return body(table.masking32);
     default:
-      return body(uint64_t());
+      return body(table.masking64);
   }
-}
-
-// Is any element but 0 and -0 where the mask has a 0? The mask has a byte, 0 or 1, for each element.
-template <typename Bits>
-bool any_outside(const Bits* values, const uint8_t* mask, Range mine) {
-  for (int64_t begin = mine.begin; begin < mine.end; begin += kChunk) {
-    const int64_t end = std::min(begin + kChunk, mine.end);
-    Bits found = 0;
-    for (int64_t i = begin; i < end; ++i) found |= Bits(values[i] << 1) & Bits(Bits(mask[i]) - 1);
-    if (found) return true;
-  }
-  return false;
 }
 
 bool is_zero_outside(const Tensor& values, const Tensor& mask) {
   const int64_t size = values.numel(), parts = parts_for(size);
-  const auto* dropped = static_cast<const uint8_t*>(mask.data_ptr());
+  const auto* kept = static_cast<const uint8_t*>(mask.data_ptr());
   std::vector<char> found(parts);
-  with_bits_of(values, [&]<typename Bits>(Bits) {
+  with_kernels_for(values, [&]<typename Bits>(const MaskingKernels<Bits>& kernel) {
     const auto* bits = static_cast<const Bits*>(values.data_ptr());
     for_each_part(parts,
-                  [&](int64_t part) { found[part] = any_outside(bits, dropped, equal_share(size, part, parts)); });
+                  [&](int64_t part) { found[part] = kernel.any_outside(bits, kept, equal_share(size, part, parts)); });
   });
   return std::find(found.begin(), found.end(), 1) == found.end();
 }
@@ -55,12 +43,9 @@ bool is_zero_outside(const Tensor& values, const Tensor& mask) {
 void zero_outside(const Tensor& values, const Tensor& mask) {
   const int64_t size = values.numel(), parts = parts_for(size);
   const auto* kept = static_cast<const uint8_t*>(mask.data_ptr());
-  with_bits_of(values, [&]<typename Bits>(Bits) {
+  with_kernels_for(values, [&]<typename Bits>(const MaskingKernels<Bits>& kernel) {
     auto* bits = static_cast<Bits*>(values.data_ptr());
-    for_each_part(parts, [&](int64_t part) {
-      const Range mine = equal_share(size, part, parts);
-      for (int64_t i = mine.begin; i < mine.end; ++i) bits[i] &= Bits(-Bits(kept[i]));
-    });
+    for_each_part(parts, [&](int64_t part) { kernel.zero_outside(bits, kept, equal_share(size, part, parts)); });
   });
 }
 

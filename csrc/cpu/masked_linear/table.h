@@ -47,11 +47,23 @@ struct MaskedKernels {
   void (*round)(const Sum<T>* sums, Range entries, T* values);
 };
 
+// What kind dense needs beside a dense product, on elements of the width of Bits; `mask` has a byte, 0 or 1, for each.
+template <typename Bits>
+struct MaskingKernels {
+  // Is any element but 0 and -0 where the mask has a 0?
+  bool (*any_outside)(const Bits* values, const uint8_t* mask, Range);
+  // Makes them 0.
+  void (*zero_outside)(Bits* values, const uint8_t* mask, Range);
+};
+
 struct MaskedTable {
   MaskedKernels<float> f32;
   MaskedKernels<double> f64;
   MaskedKernels<BFloat16> bf16;
   MaskedKernels<Float16> f16;
+  MaskingKernels<uint16_t> masking16;
+  MaskingKernels<uint32_t> masking32;
+  MaskingKernels<uint64_t> masking64;
 };
 
 extern const MaskedTable masked_scalar, masked_avx2, masked_avx512;

@@ -15,8 +15,8 @@ from python_tests.gpu.interpreter.strict import strict
 
 DTYPE = torch.float16
 M, BITS, SIDE = 4, 2, 64
-ROWS, COLUMNS = 2**24 + SIDE, 1024  # rows times bytes of their positions, and batch times rows: past 2^31
-WIDE, BATCH = 2**26, 140
+ROWS, COLUMNS = 2**26 + SIDE, 256  # rows times bytes of their positions, and batch times rows: past 2^31
+WIDE, BATCH = 2**26, 36
 
 
 def _numbers(*shape: int, seed: int) -> torch.Tensor:
