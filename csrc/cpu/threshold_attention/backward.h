@@ -28,9 +28,9 @@ template <typename T, int L>
 T entmax_gradient(const AttentionGradient<T>& g, const T* weights, T* grads, int64_t count) {
   const bool sparsemax = g.threshold == 2;
   const auto steepness = [&](int64_t e) { return sparsemax ? T(1) : T(root(double(weights[e]))); };
-  T weighted = 0, total = 0;
+  double weighted = 0, total = 0;
   for (int64_t e = 0; e < count; ++e) weighted += steepness(e) * grads[e], total += steepness(e);
-  const T center = weighted / total;
+  const T center = T(weighted / total);
   for (int64_t e = 0; e < count; ++e) grads[e] = steepness(e) * (grads[e] - center);
   return 0;
 }
@@ -39,11 +39,11 @@ T entmax_gradient(const AttentionGradient<T>& g, const T* weights, T* grads, int
 template <typename T>
 void take_from_largest(const T* weights, T* grads, int64_t count) {
   const T largest = largest_of(weights, count);
-  T total = 0;
+  double total = 0;
   int64_t holders = 0;
   for (int64_t e = 0; e < count; ++e) total += grads[e], holders += weights[e] == largest;
   for (int64_t e = 0; e < count; ++e)
-    if (weights[e] == largest) grads[e] -= total / T(holders);
+    if (weights[e] == largest) grads[e] -= T(total / double(holders));
 }
 
 template <typename T, int L>
@@ -54,14 +54,14 @@ T weighted_gradient(const AttentionGradient<T>& g, const T* weights, T slope, T*
     return 0;
   }
   const bool shrink = g.weighting == Weighting::shrink;
-  T total = 0;
+  double total = 0;
   for (int64_t e = 0; e < count; ++e) {
     const T centered = grads[e] - center;
     total += centered;
     grads[e] = (shrink ? weights[e] + slope : slope) * centered;
   }
   if (g.rule == Rule::relative) take_from_largest(weights, grads, count);
-  return -slope * total;
+  return T(-double(slope) * total);
 }
 
 // The gradients of the weights lie in score_grad, and become those of the scores.
