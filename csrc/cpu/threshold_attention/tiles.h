@@ -133,9 +133,12 @@ void direct_scores(const T* query, int64_t width, const T* rows, int64_t stride,
       const Vec<T, L> some = load<T, L>(query + d);
       COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += some * load<T, L>(rows + i * stride + d);
     }
+    if (d < width) {
+      const Vec<T, L> some = load_partial<T, L>(query + d, width - d);
+      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] +=
+          some * load_partial<T, L>(rows + i * stride + d, width - d);
+    }
     COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) scores[j + i] = sum_lanes<T, L>(acc[i]);
-    for (; d < width; ++d)
-      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) scores[j + i] += query[d] * rows[i * stride + d];
   }
   for (; j < count; ++j, rows += stride) scores[j] = dot<T, L>(query, rows, width);
 }

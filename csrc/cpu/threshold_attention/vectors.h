@@ -194,14 +194,25 @@ void scatter(const T* x, int64_t width, const int32_t* columns, const T* weights
     scatter<T, L / 2, 1>(x + d, width - d, columns, weights, count, factor, rows + d, stride);
 }
 
+// The first `count` lanes, 0 < count < L; the others are 0.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> load_partial(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4) return (Vec<T, L>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+  if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8) return (Vec<T, L>)_mm512_maskz_loadu_pd((1u << count) - 1, p);
+#endif
+  Vec<T, L> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
 template <typename T, int L>
 COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   Vec<T, L> acc = {};
   int64_t d = 0;
   for (; d + L <= width; d += L) acc += load<T, L>(a + d) * load<T, L>(b + d);
-  T sum = sum_lanes<T, L>(acc);
-  for (; d < width; ++d) sum += a[d] * b[d];
-  return sum;
+  if (d < width) acc += load_partial<T, L>(a + d, width - d) * load_partial<T, L>(b + d, width - d);
+  return sum_lanes<T, L>(acc);
 }
 
 // dots[e] = x . rows[columns[e]]; several at a time, so that their chains of additions overlap.
@@ -217,8 +228,11 @@ void gather_dots(const T* rows, int64_t stride, int64_t width, const int32_t* co
     int64_t d = 0;
     for (; d + L <= width; d += L)
       COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += load<T, L>(x + d) * load<T, L>(row[i] + d);
+    if (d < width) {
+      const Vec<T, L> some = load_partial<T, L>(x + d, width - d);
+      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += some * load_partial<T, L>(row[i] + d, width - d);
+    }
     COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) dots[e + i] = sum_lanes<T, L>(acc[i]);
-    for (; d < width; ++d) COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) dots[e + i] += x[d] * row[i][d];
   }
   for (; e < count; ++e) dots[e] = dot<T, L>(x, rows + columns[e] * stride, width);
 }
