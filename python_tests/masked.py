@@ -1,10 +1,18 @@
-"""What the tests of masked_linear share: layouts, inputs, dense torch, the comparison with float64."""
+"""What the tests of masked_linear share, over all kinds: layouts, inputs, dense torch, the comparison with float64, and
+checks that any layout must pass."""
 
 import torch
 import torch.nn.functional as F
 
 from compsparse_kernels import MaskLayout, masked_linear, sampled_matmul
-from compsparse_kernels.testing import assert_within_budget, random_mask, random_tensor
+from compsparse_kernels.testing import (
+    THREADS,
+    assert_within_budget,
+    num_threads,
+    random_mask,
+    random_tensor,
+    run_in_subprocess,
+)
 
 KINDS = ("csr", "block", "dense")
 
@@ -65,3 +73,84 @@ def assert_right(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguou
     x, values, bias, grad = make_inputs(layout, batch, dtype, seed, memory)
     assert_linear_right(layout, (x, values, bias, grad))
     assert_sampled_right(layout, grad, x, values)
+
+
+# ---- checks of any layout
+
+
+def check_empty_batch(layout):
+    x, values, bias, grad = make_inputs(layout, 0)
+    y, grad_x, *others = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
+    assert y.shape == (0, layout.out_features) and grad_x.shape == (0, layout.in_features)
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(others, (values, bias), strict=True))
+    assert torch.equal(sampled_matmul(grad, x, layout), torch.zeros(layout.values_shape))
+
+
+def check_leading_dimensions(layout, lead):
+    _, values, bias, _ = make_inputs(layout)
+    x = random_tensor(*lead, layout.in_features, requires_grad=True)
+    y, expected = masked_linear(x, values, layout, bias), dense_linear(layout)(x, values, bias)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def check_expanded_gradient(layout):
+    x, values, bias, grad = make_inputs(layout)
+    assert_linear_right(layout, (x, values, bias, torch.ones(()).expand_as(grad)))
+
+
+def check_every_output_is_written(layout, batch, dtype):
+    """Deterministic mode fills fresh memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        x, values, bias, grad = make_inputs(layout, batch, dtype)
+        with torch.no_grad():
+            results = masked_linear(x, values, layout, bias), masked_linear(grad, values, layout.T)
+            results += (sampled_matmul(grad, x, layout), sampled_matmul(grad[:0], x[:0], layout))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+def check_derivatives_of_any_order(layout):
+    x, values, bias, grad = (t.requires_grad_() for t in make_inputs(layout, 3, torch.float64))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(ours_linear(layout), (x, values, bias))
+        assert check(lambda a, b: sampled_matmul(a, b, layout), (grad, x))
+
+
+def check_only_the_wanted_gradients(layout, wanted):
+    inputs = dict(zip(("x", "values", "bias"), make_inputs(layout), strict=False))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    y, expected = ours_linear(layout)(**inputs), dense_linear(layout)(**inputs)
+    leaves = [inputs[name] for name in wanted]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+
+
+def check_no_graph_without_need(layout):
+    x, values, bias, grad = make_inputs(layout)
+    assert masked_linear(x, values, layout, bias).grad_fn is None
+    with torch.no_grad():
+        assert masked_linear(x.requires_grad_(), values, layout, bias).grad_fn is None
+        assert sampled_matmul(grad, x, layout).grad_fn is None
+
+
+def check_same_bits_for_any_number_of_threads(layout, batch, dtype):
+    *inputs, grad = make_inputs(layout, batch, dtype)
+    results = []
+    for threads in THREADS:
+        with num_threads(threads):
+            results.append(output_and_gradients(ours_linear(layout), inputs, grad, dtype)[:3])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def check_under_instruction_set(isa, file, tests):
+    """The tests of a file that ``-k`` chooses, in a process whose kernels are capped to one instruction set."""
+    code = (
+        "import sys, pytest, compsparse_kernels.ops as ops\n"
+        f"assert ops.cpu_isa() == {isa!r}\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {tests!r}, {file!r}]))"
+    )
+    run_in_subprocess(code, isa=isa)

@@ -19,12 +19,19 @@ from compsparse_kernels.testing import (
     num_threads,
     random_mask,
     random_tensor,
-    run_in_subprocess,
 )
 from python_tests.masked import (
     KINDS,
-    assert_linear_right,
     assert_right,
+    check_derivatives_of_any_order,
+    check_empty_batch,
+    check_every_output_is_written,
+    check_expanded_gradient,
+    check_leading_dimensions,
+    check_no_graph_without_need,
+    check_only_the_wanted_gradients,
+    check_same_bits_for_any_number_of_threads,
+    check_under_instruction_set,
     dense_linear,
     make_inputs,
     make_layout,
@@ -63,12 +70,7 @@ def test_batch_of_one_and_many_outputs(dtype, density):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(kind):
-    layout = make_layout(24, 32, kind=kind)
-    x, values, bias, grad = make_inputs(layout, 0)
-    y, grad_x, *others = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
-    assert y.shape == (0, 24) and grad_x.shape == (0, 32)
-    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(others, (values, bias), strict=True))
-    assert torch.equal(sampled_matmul(grad, x, layout), torch.zeros(layout.values_shape))
+    check_empty_batch(make_layout(24, 32, kind=kind))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -84,12 +86,7 @@ def test_empty_rows_and_columns(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (1, 2, 1, 3), (0, 3)], ids=str)
 def test_leading_dimensions(lead, kind):
-    layout = make_layout(24, 32, kind=kind)
-    _, values, bias, _ = make_inputs(layout)
-    x = random_tensor(*lead, 32, requires_grad=True)
-    y, expected = masked_linear(x, values, layout, bias), dense_linear(layout)(x, values, bias)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+    check_leading_dimensions(make_layout(24, 32, kind=kind), lead)
 
 
 @given(
@@ -118,9 +115,7 @@ def test_memory_of_inputs_and_gradients(memory, dtype):
 
 
 def test_expanded_gradient_of_a_sum():
-    layout = make_layout(40, 48)
-    x, values, bias, grad = make_inputs(layout)
-    assert_linear_right(layout, (x, values, bias, torch.ones(()).expand_as(grad)))
+    check_expanded_gradient(make_layout(40, 48))
 
 
 def test_inputs_stay_as_they_are():
@@ -134,17 +129,7 @@ def test_inputs_stay_as_they_are():
 @pytest.mark.parametrize("batch", [1, 3, 65, 140])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_every_output_is_written(batch, dtype):
-    """Deterministic mode fills fresh memory with NaN."""
-    layout = make_layout(37, 51)
-    torch.use_deterministic_algorithms(True)
-    try:
-        x, values, bias, grad = make_inputs(layout, batch, dtype)
-        with torch.no_grad():
-            results = masked_linear(x, values, layout, bias), masked_linear(grad, values, layout.T)
-            results += (sampled_matmul(grad, x, layout), sampled_matmul(grad[:0], x[:0], layout))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.isfinite(result).all() for result in results)
+    check_every_output_is_written(make_layout(37, 51), batch, dtype)
 
 
 def test_indices_past_2_to_the_31():
@@ -207,32 +192,16 @@ def test_wide_positions(monkeypatch, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_derivatives_of_any_order(transposed, kind):
     layout = make_layout(6, 5, 0.5, kind=kind, block_shape=(2, 3))
-    layout = layout.T if transposed else layout
-    x, values, bias, grad = (t.requires_grad_() for t in make_inputs(layout, 3, torch.float64))
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(ours_linear(layout), (x, values, bias))
-        assert check(lambda a, b: sampled_matmul(a, b, layout), (grad, x))
+    check_derivatives_of_any_order(layout.T if transposed else layout)
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("values",), ("bias",), ("x", "values")], ids=str)
 def test_only_the_wanted_gradients(wanted):
-    layout = make_layout(20, 30)
-    inputs = dict(zip(("x", "values", "bias"), make_inputs(layout), strict=False))
-    for name in wanted:
-        inputs[name].requires_grad_()
-    y = ours_linear(layout)(**inputs)
-    expected = dense_linear(layout)(**inputs)
-    leaves = [inputs[name] for name in wanted]
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+    check_only_the_wanted_gradients(make_layout(20, 30), wanted)
 
 
 def test_no_graph_without_need():
-    layout = make_layout(20, 30)
-    x, values, bias, grad = make_inputs(layout)
-    assert masked_linear(x, values, layout, bias).grad_fn is None
-    with torch.no_grad():
-        assert masked_linear(x.requires_grad_(), values, layout, bias).grad_fn is None
-        assert sampled_matmul(grad, x, layout).grad_fn is None
+    check_no_graph_without_need(make_layout(20, 30))
 
 
 # ---- threads and instruction sets
@@ -243,14 +212,7 @@ def test_no_graph_without_need():
     "shape, batch", [((250, 300), 61), ((40, 900), 260), ((900, 40), 129), ((700, 800), 1)], ids=str
 )
 def test_bitwise_equal_for_any_number_of_threads(shape, batch, dtype):
-    layout = make_layout(*shape)
-    *inputs, grad = make_inputs(layout, batch, dtype)
-    results = []
-    for threads in THREADS:
-        with num_threads(threads):
-            results.append(output_and_gradients(ours_linear(layout), inputs, grad, dtype)[:3])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    check_same_bits_for_any_number_of_threads(make_layout(*shape), batch, dtype)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -277,11 +239,5 @@ def test_a_long_row_bitwise_equal_for_any_number_of_threads(transposed, batch, d
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
-    """This file's tests of shapes and memory, in a process whose kernels are capped to one instruction set."""
-    code = (
-        "import sys, pytest, compsparse_kernels.ops as ops\n"
-        f"assert ops.cpu_isa() == {isa!r}\n"
-        "tests = 'test_batch or test_memory or test_every_output or survivors or wide or bitwise'\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
-    )
-    run_in_subprocess(code, isa=isa)
+    tests = "test_batch or test_memory or test_every_output or survivors or wide or bitwise"
+    check_under_instruction_set(isa, __file__, tests)

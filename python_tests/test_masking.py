@@ -14,8 +14,8 @@ from compsparse_kernels.testing import (
     num_threads,
     random_mask,
     random_tensor,
-    run_in_subprocess,
 )
+from python_tests.masked import check_under_instruction_set
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (1, 0), (37, 53), (300, 513)]  # the last is more than one thread's least share
@@ -164,10 +164,4 @@ def test_compiles_as_one_graph(kind):
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa()])
 def test_every_instruction_set(isa):
-    code = (
-        "import sys, pytest, compsparse_kernels.ops as ops\n"
-        f"assert ops.cpu_isa() == {isa!r}\n"
-        "tests = 'look or zeroing or clean'\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
-    )
-    run_in_subprocess(code, isa=isa)
+    check_under_instruction_set(isa, __file__, "look or zeroing or clean")

@@ -14,20 +14,25 @@ from compsparse_kernels.testing import (
     HALVES,
     ISAS,
     MEMORY_FORMS,
-    THREADS,
-    num_threads,
     random_tensor,
-    run_in_subprocess,
 )
-from python_tests.nm import PATTERNS, nm_layout, nm_mask
-from python_tests.test_masked_linear import (
-    assert_linear_right,
+from python_tests.masked import (
     assert_right,
+    check_derivatives_of_any_order,
+    check_empty_batch,
+    check_every_output_is_written,
+    check_expanded_gradient,
+    check_leading_dimensions,
+    check_no_graph_without_need,
+    check_only_the_wanted_gradients,
+    check_same_bits_for_any_number_of_threads,
+    check_under_instruction_set,
     dense_linear,
     make_inputs,
     ours_linear,
     output_and_gradients,
 )
+from python_tests.nm import PATTERNS, nm_layout, nm_mask
 
 every_pattern = pytest.mark.parametrize("nm", PATTERNS, ids=str)
 either_way = pytest.mark.parametrize("transposed", [False, True])
@@ -64,22 +69,12 @@ def test_no_survivors(transposed):
 
 @either_way
 def test_empty_batch(transposed):
-    layout = make_layout(24, 31, (2, 4), transposed=transposed)
-    x, values, bias, grad = make_inputs(layout, 0)
-    y, grad_x, *others = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
-    assert y.shape == (0, layout.out_features) and grad_x.shape == (0, layout.in_features)
-    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(others, (values, bias), strict=True))
-    assert torch.equal(sampled_matmul(grad, x, layout), torch.zeros(layout.values_shape))
+    check_empty_batch(make_layout(24, 31, (2, 4), transposed=transposed))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (1, 2, 1, 3), (0, 3)], ids=str)
 def test_leading_dimensions(lead):
-    layout = make_layout(24, 32, (2, 4))
-    _, values, bias, _ = make_inputs(layout)
-    x = random_tensor(*lead, 32, requires_grad=True)
-    y, expected = masked_linear(x, values, layout, bias), dense_linear(layout)(x, values, bias)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+    check_leading_dimensions(make_layout(24, 32, (2, 4)), lead)
 
 
 @given(
@@ -108,26 +103,14 @@ def test_memory_of_inputs_and_gradients(memory, dtype):
 
 
 def test_expanded_gradient_of_a_sum():
-    layout = make_layout(40, 50, (2, 4))
-    x, values, bias, grad = make_inputs(layout)
-    assert_linear_right(layout, (x, values, bias, torch.ones(()).expand_as(grad)))
+    check_expanded_gradient(make_layout(40, 50, (2, 4)))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 65, 140])
 @pytest.mark.parametrize("in_features", [52, 53])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_output_is_written(batch, in_features, dtype):
-    """Deterministic mode fills fresh memory with NaN."""
-    layout = make_layout(37, in_features, (2, 4))
-    torch.use_deterministic_algorithms(True)
-    try:
-        x, values, bias, grad = make_inputs(layout, batch, dtype)
-        with torch.no_grad():
-            results = masked_linear(x, values, layout, bias), masked_linear(grad, values, layout.T)
-            results += (sampled_matmul(grad, x, layout), sampled_matmul(grad[:0], x[:0], layout))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.isfinite(result).all() for result in results)
+    check_every_output_is_written(make_layout(37, in_features, (2, 4)), batch, dtype)
 
 
 def test_indices_past_2_to_the_31():
@@ -198,32 +181,16 @@ def test_padding_has_no_part(transposed, in_features):
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 @either_way
 def test_derivatives_of_any_order(transposed, missing, nm):
-    layout = make_layout(6, 5, nm, missing, transposed)
-    x, values, bias, grad = (t.requires_grad_() for t in make_inputs(layout, 3, torch.float64))
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(ours_linear(layout), (x, values, bias))
-        assert check(lambda a, b: sampled_matmul(a, b, layout), (grad, x))
+    check_derivatives_of_any_order(make_layout(6, 5, nm, missing, transposed))
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("values",), ("bias",), ("x", "values")], ids=str)
 def test_only_the_wanted_gradients(wanted):
-    layout = make_layout(20, 30, (2, 4))
-    inputs = dict(zip(("x", "values", "bias"), make_inputs(layout), strict=False))
-    for name in wanted:
-        inputs[name].requires_grad_()
-    y = ours_linear(layout)(**inputs)
-    expected = dense_linear(layout)(**inputs)
-    leaves = [inputs[name] for name in wanted]
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+    check_only_the_wanted_gradients(make_layout(20, 30, (2, 4)), wanted)
 
 
 def test_no_graph_without_need():
-    layout = make_layout(20, 30, (2, 4))
-    x, values, bias, grad = make_inputs(layout)
-    assert masked_linear(x, values, layout, bias).grad_fn is None
-    with torch.no_grad():
-        assert masked_linear(x.requires_grad_(), values, layout, bias).grad_fn is None
-        assert sampled_matmul(grad, x, layout).grad_fn is None
+    check_no_graph_without_need(make_layout(20, 30, (2, 4)))
 
 
 # ---- threads and instruction sets
@@ -233,26 +200,12 @@ def test_no_graph_without_need():
 @pytest.mark.parametrize("nm", [(2, 4), (3, 7)], ids=str)
 @pytest.mark.parametrize("shape, batch", [((250, 300), 61), ((40, 900), 260), ((700, 800), 1)], ids=str)
 def test_bitwise_equal_for_any_number_of_threads(shape, batch, nm, dtype):
-    layout = make_layout(*shape, nm)
-    *inputs, grad = make_inputs(layout, batch, dtype)
-    results = []
-    for threads in THREADS:
-        with num_threads(threads):
-            results.append(output_and_gradients(ours_linear(layout), inputs, grad, dtype)[:3])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    check_same_bits_for_any_number_of_threads(make_layout(*shape, nm), batch, dtype)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512_bf16"])  # that has the tables of avx512 here
 def test_every_instruction_set(isa):
-    """This file's tests of shapes and memory, in a process whose kernels are capped to one instruction set."""
-    code = (
-        "import sys, pytest, compsparse_kernels.ops as ops\n"
-        f"assert ops.cpu_isa() == {isa!r}\n"
-        "tests = 'test_batches or slots or bitwise'\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', tests, {__file__!r}]))"
-    )
-    run_in_subprocess(code, isa=isa)
+    check_under_instruction_set(isa, __file__, "test_batches or slots or bitwise")
 
 
 # ---- torch's contracts
