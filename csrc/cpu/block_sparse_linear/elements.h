@@ -24,6 +24,12 @@ struct Target {
     return sum + a * b;
   }
 
+  // The same with an element in memory that nothing else is multiplied by.
+  template <int L>
+  static COMPSPARSE_INLINE Vec<Sum<T>, L> multiply_add_once(Vec<Sum<T>, L> a, const Sum<T>* b, Vec<Sum<T>, L> sum) {
+    return sum + a * *b;
+  }
+
   // L elements of one row
   template <int L>
   static COMPSPARSE_INLINE Vec<Sum<T>, L> along(const T* row) {

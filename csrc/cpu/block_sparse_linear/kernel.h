@@ -52,9 +52,14 @@ COMPSPARSE_INLINE void multiply_chain(const S* x, int64_t x_stride, const S* w, 
     Vec<S, L> weight[R];
     COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) weight[r] = load<S, L>(w + r * L);
     COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const S input = group[m / 3][(m % 3) * x_stride + k];
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
-          Target::template multiply_add<L>(weight[r], input, acc[m][r]);
+      const S* input = group[m / 3] + (m % 3) * x_stride + k;
+      if constexpr (R == 1) {
+        acc[m][0] = Target::template multiply_add_once<L>(weight[0], input, acc[m][0]);
+      } else {
+        const S element = *input;
+        COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
+            Target::template multiply_add<L>(weight[r], element, acc[m][r]);
+      }
     }
     w += w_stride;
   }

@@ -42,9 +42,13 @@ void sampled_tile(const SampledBlocks<T>& s, const Sum<T>* a_panel, const Sum<T>
     Vec<Sum<T>, L> input[R];
     COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) input[r] = load<Sum<T>, L>(b + r * L);
     COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const Sum<T> gradient = a[m];
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
-          Target::template multiply_add<L>(input[r], gradient, acc[m][r]);
+      if constexpr (R == 1) {
+        acc[m][0] = Target::template multiply_add_once<L>(input[0], a + m, acc[m][0]);
+      } else {
+        const Sum<T> gradient = a[m];
+        COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
+            Target::template multiply_add<L>(input[r], gradient, acc[m][r]);
+      }
     }
   }
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
