@@ -2,8 +2,9 @@
 ``nn.MultiheadAttention``."""
 
 from compsparse_kernels.nn.dag_network import DAGNetwork
+from compsparse_kernels.nn.kv_cache import KVCache
 from compsparse_kernels.nn.masked_linear import MaskedLinear
 from compsparse_kernels.nn.sparse_dag_linear import SparseDAGLinear
 from compsparse_kernels.nn.threshold_attention import ThresholdAttention
 
-__all__ = ["DAGNetwork", "MaskedLinear", "SparseDAGLinear", "ThresholdAttention"]
+__all__ = ["DAGNetwork", "KVCache", "MaskedLinear", "SparseDAGLinear", "ThresholdAttention"]
