@@ -23,7 +23,8 @@ class ThresholdAttention(nn.Module):
     Query i attends to key j where :math:`p_{ij} \ge \text{threshold} \cdot \max_j p_{ij}` (``rule="relative"``), or
     where the score :math:`q_i \cdot k_j / \sqrt{d}` plus masks is at least ``threshold`` (``rule="absolute"``), or as
     another rule of :func:`threshold_attention` says; only the keys kept cost in the backward pass. At
-    ``threshold -> 0`` (relative, softmax weights) it is ``nn.MultiheadAttention``, with the same parameters, initialisation and state dict.
+    ``threshold -> 0`` (relative, softmax weights) it is ``nn.MultiheadAttention``, with the same parameters,
+    initialisation and state dict.
 
     Args:
         embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: as in ``nn.MultiheadAttention``.
@@ -102,7 +103,9 @@ class ThresholdAttention(nn.Module):
         check_positive_int("embed_dim", embed_dim)
         check_positive_int("num_heads", num_heads)
         require(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads, {num_heads}", embed_dim)
-        choices.dropout_of(dropout, 0)
+        is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+        require(is_number, "dropout", "a number in [0, 1)", describe(dropout), TypeError)
+        require(0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
         require(not add_bias_kv, "add_bias_kv", "False (not supported)", add_bias_kv)
         require(not add_zero_attn, "add_zero_attn", "False (not supported)", add_zero_attn)
         require(score in SCORES, "score", "'dot' or 'mahalanobis'", repr(score))
