@@ -358,7 +358,7 @@ def test_stats_of_nested_inputs(layout):
 
 def test_what_stats_keep():
     module, x = attention(threshold=0.4), tokens()
-    with pytest.raises(ValueError, match="track_stats: expected True and a forward pass .*, got True and none"):
+    with pytest.raises(ValueError, match=r"track_stats: expected True and a forward pass .*, got True and none"):
         module.stats()
     module(x, x, x)
     assert not module._last.query.requires_grad
