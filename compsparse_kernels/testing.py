@@ -92,6 +92,41 @@ def attention_inputs(
     return [tensor.requires_grad_(grad) for tensor in (query * 2, key, value)]
 
 
+def attention_weights(
+    scores: torch.Tensor, kept: torch.Tensor, threshold: float | torch.Tensor, rule: str, weighting: str
+) -> torch.Tensor:
+    """The weights of ``threshold_attention`` on a support that is given, as one writes them in dense torch.
+
+    Args:
+        scores: ``[..., Tq, Tk]``, -inf where a key is hidden.
+        kept: bool, of that shape: the support.
+        threshold: a number, or a tensor broadcastable to ``[..., Tq, 1]``.
+        rule: of ``threshold_attention``.
+        weighting: softmax, shrink or rectified.
+    """
+    some = kept.any(-1, keepdim=True)
+    scores = scores.masked_fill(~kept, -torch.inf)
+    top = scores.amax(-1, keepdim=True).masked_fill(~some, 0) if scores.shape[-1] else some.to(scores.dtype)
+    below = (scores - top).masked_fill(~kept, 0)
+    if rule == "entmax":
+        return _entmax_weights((threshold - 1) * below, kept, threshold)
+    if weighting == "softmax":
+        return scores.softmax(-1).masked_fill(~some, 0)
+    threshold = torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
+    cut = threshold.log() if rule == "relative" else threshold - top
+    heights = below - cut if weighting == "rectified" else below.exp() - cut.exp()
+    heights = heights.masked_fill(~kept, 0)
+    return heights / heights.sum(-1, keepdim=True).masked_fill(~some, 1)
+
+
+def _entmax_weights(x: torch.Tensor, kept: torch.Tensor, alpha: float) -> torch.Tensor:
+    number = kept.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
+    mean = x.sum(-1, keepdim=True) / number
+    spread = (x - mean).masked_fill(~kept, 0).square().sum(-1, keepdim=True)
+    tau = mean - (1 / number if alpha == 2 else ((1 - spread) / number).sqrt())
+    return (x - tau).masked_fill(~kept, 0).pow(1 / (alpha - 1))
+
+
 def dag_inputs(layout: DAGLayout, batch: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
     """x, then the weights of each kind, then the biases of each kind; weights keep channels at a scale of about 1."""
     weights = [

@@ -9,7 +9,7 @@ from compsparse_kernels import threshold_attention
 from compsparse_kernels.ops.backends import cpu_isa
 from compsparse_kernels.ops.threshold_attention import reference
 from compsparse_kernels.ops.threshold_attention.dropout import kept_by_dropout
-from compsparse_kernels.testing import attention_inputs
+from compsparse_kernels.testing import attention_inputs, attention_weights
 
 # Every rule with every weighting that it has.
 CHOICES = [
@@ -120,8 +120,9 @@ def run(tensors, bias=None, thresholds=None, **options):
 
 
 def _loss_of(out):
-    """A gradient of the output that is the same in every dtype but for its rounding."""
-    return torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
+    """A gradient of the output that every dtype holds exactly."""
+    grid = (torch.cos(torch.arange(out.numel(), dtype=torch.float64)) * 64).round() / 64
+    return grid.view(out.shape).to(out.dtype)
 
 
 def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relative", weights="softmax", **options):
@@ -140,7 +141,7 @@ def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relat
         wanted.append(thresholds.detach().requires_grad_())
         shape = (-1, 1, 1) if thresholds.dim() == 1 else thresholds.shape
         threshold = wanted[-1].view(shape).to(query.dtype)
-    weights = dense_weights(scores, mask, threshold, rule, "shrink" if options.get("shrink") else weights)
+    weights = attention_weights(scores, mask, threshold, rule, "shrink" if options.get("shrink") else weights)
     shares = weights
     if options.get("dropout_p"):
         rows = torch.arange(mask[..., 0].numel()).view(*mask.shape[:3], 1).expand(mask.shape)
@@ -149,31 +150,6 @@ def dense(tensors, mask, bias=None, thresholds=None, threshold=None, rule="relat
         shares = weights * stays / (1 - options["dropout_p"])
     out = shares @ value.repeat_interleave(group, 1)
     return out.detach(), weights.detach(), *torch.autograd.grad(out, wanted, _loss_of(out))
-
-
-def dense_weights(scores, mask, threshold, rule, weighting):
-    """The weights of each rule on a support that is given, as one writes them in torch."""
-    if not mask.any():
-        return scores * 0
-    threshold = torch.as_tensor(threshold, dtype=scores.dtype)
-    some = mask.any(-1, keepdim=True)
-    if rule == "entmax":
-        alpha = float(threshold)
-        x = (alpha - 1) * (scores - scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True))
-        x = x.masked_fill(~mask, 0)
-        number = mask.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
-        mean = x.sum(-1, keepdim=True) / number
-        if alpha == 2:
-            return (x - mean + 1 / number).masked_fill(~mask, 0)
-        spread = (x - mean).masked_fill(~mask, 0).square().sum(-1, keepdim=True)
-        return (x - mean + ((1 - spread) / number).sqrt()).masked_fill(~mask, 0).square()
-    if weighting == "softmax":
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~some, 0)
-    top = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True).masked_fill(~some, 0)
-    cut = top + threshold.log() if rule == "relative" else threshold
-    heights = scores - cut if weighting == "rectified" else (scores - top).exp() - (cut - top).exp()
-    heights = heights.masked_fill(~mask, 0)
-    return heights / heights.sum(-1, keepdim=True).masked_fill(~some, 1)
 
 
 def alibi(slopes, queries, keys, offset=0):
@@ -196,26 +172,51 @@ def dense_errors(tensors, mask, bias=None, thresholds=None, **options):
 
 
 def check(tensors, bias=None, thresholds=None, **options):
-    """Support equal to the reference's in float64; errors within twice dense torch's, plus one rounding of the largest
-    value."""
+    """Support equal to the reference's in float64; errors within the budget of compsparse_kernels.testing."""
     out, support, grads = run(tensors, bias, thresholds, **options)
     added = bias is not None and bias.is_floating_point()
+    wide = [tensor.double() for tensor in tensors]
     wide_bias = bias.double() if added else bias
-    exact_out, exact_support, exact_grads = run(
-        [t.double() for t in tensors], wide_bias, thresholds, backend="reference", **options
-    )
+    exact_out, exact_support, exact_grads = run(wide, wide_bias, thresholds, backend="reference", **options)
     mask = exact_support.to_mask()
     assert torch.equal(support.to_mask(), mask)
     names = ["out", "weights", "dq", "dk", "dv"] + ["db"] * added + ["dt"] * (thresholds is not None)
     ours = (out, support.to_dense(), *grads)
     exact = (exact_out, exact_support.to_dense(), *exact_grads)
     budgets = dense_errors(tensors, mask, bias, thresholds, **options)
+    sizes = magnitudes(wide, wide_bias, thresholds, exact_support.to_dense(), **options)
     roundoff = torch.finfo(tensors[0].dtype).eps
     factor = 3 if tensors[0].dtype == torch.float64 else 2  # in float64 the truth has an error of its own
     for name, mine, truth, budget in zip(names, ours, exact, budgets, strict=True):
-        error, size = (mine.double() - truth).abs().max().item(), truth.abs().max().item()
-        assert error <= factor * budget + roundoff * max(size, 1e-30), (name, error, budget, size)
+        error, size = (mine.double() - truth).abs().max().item(), sizes[name].max().item()
+        assert error <= factor * budget + roundoff * size, (name, error, budget, size)
     return support
+
+
+def magnitudes(tensors, bias, thresholds, shares, **options):
+    """The sum of the absolute values of the terms that each result is a sum of, in float64."""
+    full = torch.zeros(shares.shape, dtype=torch.float64)
+    if bias is not None:
+        full = full + bias if bias.is_floating_point() else full.masked_fill(~bias, -torch.inf)
+    per_query = thresholds
+    if thresholds is not None:
+        shape = (-1, 1, 1) if thresholds.dim() == 1 else thresholds.shape
+        per_query = thresholds.double().view(shape).expand(*shares.shape[:3], 1)
+    out, _, grads = run(tensors, full, per_query, backend="reference", **options)
+    of_scores, of_thresholds = grads[3].abs(), grads[4:]
+    query, key, value = (tensor.abs() for tensor in tensors)
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    scale = abs(options.get("scale") or query.shape[-1] ** -0.5)
+    sizes = {"out": shares / (1 - options.get("dropout_p", 0)) @ value.repeat_interleave(group, 1), "weights": shares}
+    sizes["dq"] = scale * of_scores @ key.repeat_interleave(group, 1)
+    sizes["dk"] = (scale * of_scores.mT @ query).unflatten(1, (kv_heads, group)).sum(2)
+    sizes["dv"] = (shares.mT @ _loss_of(out).abs()).unflatten(1, (kv_heads, group)).sum(2)
+    if bias is not None and bias.is_floating_point():
+        sizes["db"] = of_scores.sum_to_size(bias.shape)
+    if thresholds is not None:
+        rows = of_thresholds[0].abs()
+        sizes["dt"] = rows.sum((0, 2, 3)) if thresholds.dim() == 1 else rows.sum_to_size(thresholds.shape)
+    return sizes
 
 
 def whole_inputs(*sizes, dtype=torch.float32, seed=0, kv_heads=None):

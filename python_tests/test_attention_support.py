@@ -24,6 +24,13 @@ PTR, IDX, W = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]).int(), torch.ones
         ((PTR, IDX, W[:2], (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
         ((PTR, IDX, W.int(), (1, 1, 2, 4)), ValueError, "weights: expected float tensor [3]"),
         ((PTR, IDX, W.to("meta"), (1, 1, 2, 4)), ValueError, "weights: expected a tensor on cpu, like row_ptr"),
+        ((PTR, IDX, W, (1, 1, 2, 4), W), ValueError, "log_sum: expected float tensor [1, 1, 2], got 1-D"),
+        ((PTR, IDX, W, (1, 1, 2, 4), None, W), ValueError, "visible: expected int64 tensor broadcastable to [1, 1, 2]"),
+        (
+            (PTR, IDX, W, (1, 1, 2, 4), None, torch.ones(1, 1, 3).long()),
+            ValueError,
+            "visible: expected int64 tensor broadcastable to [1, 1, 2], of as many dimensions, got 3-D int64 tensor",
+        ),
     ],
 )
 def test_errors_of_support(arguments, error, message):
@@ -38,6 +45,14 @@ def test_views_of_support():
     assert support.degree.tolist() == [[[2, 1]]]
     assert torch.equal(support.to_dense(), torch.tensor([[[[0.5, 0, 0.5, 0], [0, 0.5, 0, 0]]]]))
     assert torch.equal(support.to_mask(), support.to_dense() > 0)
+    assert support.log_sum is None and support.share_kept == support.density
+
+
+def test_share_of_the_visible_keys():
+    for visible, share in ((torch.tensor([[[2, 3]]]), 3 / 5), (torch.tensor([[[2]]]), 3 / 4), (None, 3 / 8)):
+        assert AttentionSupport(PTR, IDX, W, (1, 1, 2, 4), visible=visible).share_kept == share
+    nothing = AttentionSupport(PTR * 0, IDX[:0], W[:0], (1, 1, 2, 4), visible=torch.zeros(1, 1, 1).long())
+    assert nothing.share_kept == 0
 
 
 def test_no_keys():

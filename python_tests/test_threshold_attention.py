@@ -380,10 +380,12 @@ def test_output_alone_equals_output_with_support():
 PARITY = """
 import sys
 sys.path[:0] = [".", "python_tests"]
-import torch
 import test_threshold_attention as tests
+import test_threshold_attention_halves as halves
+import test_threshold_attention_options as options
+import test_threshold_attention_rules as rules
 from compsparse_kernels.ops.backends import cpu_isa
-from compsparse_kernels.testing import attention_inputs
+from python_tests.attention import CHOICES, LEARNABLE
 assert cpu_isa() == sys.argv[1], cpu_isa()
 for dtype in tests.DTYPES:
     for width in (20, 64):
@@ -395,6 +397,22 @@ for rule in ("relative", "absolute"):
     tests.test_undefined_scores_show(rule, 20)
 tests.test_scores_next_to_the_threshold_are_decided_exactly(1e-6)
 tests.test_padding()
+for choice in CHOICES:
+    rules.test_equal_keys_are_kept_or_dropped_together(choice)
+    rules.test_bitwise_equal_for_any_number_of_threads(choice, rules.DTYPES[0])
+    for dtype in rules.DTYPES + rules.HALVES:
+        rules.test_within_budget(choice, dtype)
+        if choice in LEARNABLE:
+            rules.test_thresholds_within_budget(choice, dtype, (4,))
+    for dtype in rules.HALVES:
+        halves.test_rounded_once(choice, dtype)
+for choice in options.CHOICES:
+    options.test_window_is_a_mask(choice, (5, 0))
+    options.test_alibi(choice, rules.DTYPES[0])
+    options.test_dropout(choice, rules.DTYPES[0])
+    for dtype in rules.DTYPES + rules.HALVES:
+        options.test_sequences_are_each_alone(choice, dtype)
+        options.test_decoding_equals_the_whole(choice, dtype)
 """
 
 

@@ -1,8 +1,11 @@
 """What torch asks of the attention ops: schemas, fakes, compilation, autocast, backends."""
 
+import shutil
+
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 
 from compsparse_kernels import explain, threshold_attention
 from compsparse_kernels.ops.threshold_attention import reference
@@ -133,6 +136,49 @@ def test_compiled_dropout_draws_anew():
     assert count.frame_count == 1
     results = [torch.autograd.grad(out.square().sum(), leaves) for out in (ours[2], eager[2])]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_by_inductor():
+    """The code that torch generates around the ops: sums of gradients, the drawn seed."""
+
+    def step(query, key, value, threshold, bias):
+        options = {"threshold": threshold, "shrink": True, "dropout_p": 0.5, "attn_bias": bias}
+        return threshold_attention(query, key, value, **options).square().sum()
+
+    leaves = attention_inputs(1, 2, 9, 30, 8, grad=True)
+    leaves += [torch.full((2,), 0.1, requires_grad=True), torch.randn(2, 1, 30, requires_grad=True)]
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):  # draws as eager torch does
+        for f in (torch.compile(step, fullgraph=True), step):
+            torch.manual_seed(0)
+            results.append(torch.autograd.grad(f(*leaves), leaves))
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_compiled_with_one_tensor_for_all():
+    x, bounds = torch.randn(1, 2, 9, 8, requires_grad=True), torch.tensor([0, 4, 9])
+
+    def attend(x):
+        return threshold_attention(x, x, x, threshold=0.1, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, attend)]
+    torch.testing.assert_close(*results)  # the three gradients of x are added up in another order
+
+
+def test_compiled_nested_tensors():
+    values, bounds = torch.randn(28, 2, 8, requires_grad=True), torch.tensor([0, 7, 8, 28])
+
+    def attend(values):
+        nested = torch.nested.nested_tensor_from_jagged(values, bounds).transpose(1, 2)
+        return threshold_attention(nested, nested, nested, threshold=0.1, is_causal=True).values()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(values).square().sum(), values)[0] for f in (compiled, attend)]
+    torch.testing.assert_close(*results)
+    assert torch.equal(compiled(values), attend(values))
 
 
 def test_compiled_decoding_is_compiled_once():

@@ -4,10 +4,10 @@ A case's ``dense`` works in any dtype, so in float64 it is the exact reference a
 error a user would have without this library (the error budget of :mod:`compsparse_kernels.testing`).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,9 @@ from compsparse_kernels import ops
 from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import BlockLayout, DAGLayout, MaskLayout
 from compsparse_kernels.layouts.nm import group
-from compsparse_kernels.testing import dag_inputs, dag_node_by_node, random_mask, random_tensor
+from compsparse_kernels.testing import attention_weights, dag_inputs, dag_node_by_node, random_mask, random_tensor
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-# A score nearer than this to the threshold may fall on either side in float32; check uses inputs with none.
-UNDECIDED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -177,58 +175,70 @@ def _dag_network(name: str, batch: int, layout: DAGLayout, activation: str | Non
 
 
 def _attention_cases() -> Iterator[Case]:
-    for shape, keys, threshold, rule, causal in (
-        ((2, 3, 37, 16), 45, 0.05, "relative", False),
-        ((1, 2, 130, 64), 130, 0.01, "relative", True),
-        ((1, 2, 65, 40), 70, 0.5, "absolute", False),
-        ((1, 1, 1, 8), 33, 0.2, "relative", False),
+    for shape, keys, options in (
+        ((2, 3, 37, 16), 45, {"threshold": 0.05}),
+        ((1, 2, 130, 64), 130, {"threshold": 0.01, "is_causal": True}),
+        ((1, 2, 65, 40), 70, {"threshold": 0.5, "rule": "absolute"}),
+        ((1, 1, 1, 8), 33, {"threshold": 0.2}),
+        ((1, 2, 65, 32), 70, {"threshold": 0.2, "shrink": True, "is_causal": True, "window": (40, 0)}),
+        ((2, 2, 33, 24), 47, {"threshold": 0.7, "rule": "absolute", "shrink": True}),
+        ((1, 2, 40, 96), 50, {"threshold": 0.1, "weights": "rectified"}),
+        ((1, 2, 40, 20), 90, {"threshold": 0.6, "rule": "absolute", "weights": "rectified"}),
+        ((1, 2, 50, 16), 130, {"threshold": 9, "rule": "topk", "is_causal": True}),
+        ((1, 2, 50, 16), 130, {"threshold": 0.9, "rule": "topp"}),
+        ((1, 2, 50, 16), 130, {"threshold": 1.5, "rule": "entmax"}),
+        ((2, 1, 50, 16), 130, {"threshold": 2, "rule": "entmax", "window": (60, 30)}),
     ):
-        name = f"{shape[:2]}, {shape[2]} queries, {keys} keys of {shape[3]}, {rule}{', causal' if causal else ''}"
-        options = {"threshold": threshold, "rule": rule, "is_causal": causal}
+        said = (str(value) if name in ("rule", "weights") else f"{name} {value}" for name, value in options.items())
+        options = {"scale": 0.375, **options}
         yield Case(
             "threshold_attention",
-            name,
-            _decided_inputs(shape, keys, options),
+            f"{shape[:2]}, {shape[2]} queries, {keys} keys of {shape[3]}, {', '.join(said)}",
+            _decided_inputs(shape, keys),
             lambda query, key, value, options=options: ops.threshold_attention(query, key, value, **options),
             lambda query, key, value, options=options: _dense_attention(query, key, value, **options),
             multilinear=False,
         )
 
 
-def _decided_inputs(shape: tuple[int, ...], keys: int, options: dict) -> dict[str, torch.Tensor]:
-    """The first random query, key and value where every score is clear of the threshold."""
+def _decided_inputs(shape: tuple[int, ...], keys: int) -> dict[str, torch.Tensor]:
+    """Query and key of small whole numbers: with the scale 3 / 8 every dtype holds their scores exactly, and none of
+    these is near the logarithm of a threshold above, so no rounding decides what is kept."""
     key_shape = (*shape[:2], keys, shape[3])
-    for seed in count(step=3):
-        inputs = {
-            "query": random_tensor(*shape, seed=seed).double(),
-            "key": random_tensor(*key_shape, seed=seed + 1).double(),
-            "value": random_tensor(*key_shape, seed=seed + 2).double(),
-        }
-        distance = _above_threshold(_scores(inputs["query"], inputs["key"], options["is_causal"]), **options)
-        if bool((distance.abs() > UNDECIDED).all()):
-            return inputs
+    inputs = _draw(query=shape, key=key_shape, value=key_shape)
+    return inputs | {name: inputs[name].round() for name in ("query", "key")}
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> torch.Tensor:
-    scores = query @ key.mT / query.shape[-1] ** 0.5
-    if not is_causal:
-        return scores
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~seen, -torch.inf)
+def _dense_attention(
+    query, key, value, threshold, scale, rule="relative", weights="softmax", shrink=False, is_causal=False, window=None
+) -> torch.Tensor:
+    scores = scale * query @ key.mT
+    distance = torch.arange(key.shape[2]) - torch.arange(query.shape[2])[:, None]
+    left, right = window or (key.shape[2], key.shape[2])
+    seen = (distance >= -left) & (distance <= (min(right, 0) if is_causal else right))
+    scores = scores.masked_fill(~seen.to(scores.device), -torch.inf)
+    kept = _kept(scores.detach().double(), threshold, rule) & (scores > -torch.inf)
+    return attention_weights(scores, kept, threshold, rule, "shrink" if shrink else weights) @ value
 
 
-def _above_threshold(scores: torch.Tensor, threshold: float, rule: str, is_causal: bool) -> torch.Tensor:
-    """Score minus threshold: a key is kept where this is not negative."""
+def _kept(scores: torch.Tensor, threshold: float, rule: str) -> torch.Tensor:
+    top = scores.amax(-1, keepdim=True)
     if rule == "absolute":
-        return scores - threshold
-    return scores - scores.amax(-1, keepdim=True) - torch.tensor(threshold, dtype=torch.float64).log()
-
-
-def _dense_attention(query, key, value, threshold: float, rule: str, is_causal: bool) -> torch.Tensor:
-    scores = _scores(query, key, is_causal)
-    kept = _above_threshold(scores.detach(), threshold, rule, is_causal) >= 0
-    weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
-    return weights.masked_fill(~kept, 0) @ value  # a row that keeps nothing is 0, not NaN
+        return scores >= threshold
+    if rule == "relative":
+        return scores >= top + math.log(threshold)
+    if rule == "entmax":
+        low, high = top * (threshold - 1) - 1, top * (threshold - 1)
+        for _ in range(60):  # halves the interval of the tau at which the weights add up to 1
+            middle = (low + high) / 2
+            much = ((threshold - 1) * scores - middle).relu().pow(1 / (threshold - 1)).sum(-1, keepdim=True) >= 1
+            low, high = torch.where(much, middle, low), torch.where(much, high, middle)
+        return (threshold - 1) * scores > low
+    ordered = scores.sort(-1, descending=True).values
+    if rule == "topk":
+        return scores >= ordered[..., threshold - 1, None]
+    fewest = (ordered.softmax(-1).cumsum(-1) < threshold).sum(-1, keepdim=True)
+    return scores >= ordered.gather(-1, fewest)
 
 
 def _proximal_cases() -> Iterator[Case]:

@@ -128,14 +128,15 @@ def threshold_attention(
         >>> threshold.grad.shape
         torch.Size([4])
     """
-    wrapped = nested.attend if _any_nested(query, key, value) else _under_autocast if autocasts(query) else None
-    if wrapped is not None:
+    any_nested = _is_nested(query) or _is_nested(key) or _is_nested(value)
+    if any_nested or autocasts(query):
         options = {"threshold": threshold, "rule": rule, "weights": weights, "shrink": shrink, "attn_bias": attn_bias}
         options |= {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "window": window, "scale": scale}
         options |= {"enable_gqa": enable_gqa, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "seed": seed}
         options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "query_offset": query_offset}
         options |= {"index": index, "return_support": return_support, "backend": backend}
-        return wrapped(threshold_attention, query, key, value, options)
+        wrapper = nested.attend if any_nested else _under_autocast
+        return wrapper(threshold_attention, query, key, value, options)
     given.check_tensors(query, key, value, enable_gqa)
     weighting = choices.weighting_of(rule, weights, shrink)
     choices.check_return_support(return_support)
@@ -143,7 +144,8 @@ def threshold_attention(
     if backend is not None:
         check_backend(backend, "threshold_attention", query)
     leading = query.shape[:-2]
-    query, key, value = (given.four_dimensional(tensor) for tensor in (query, key, value))
+    if len(leading) != 2:
+        query, key, value = (given.four_dimensional(tensor) for tensor in (query, key, value))
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     scores_shape = (*leading, queries, keys)
@@ -181,6 +183,8 @@ def _run(arguments, with_support, backend):
     names = ("query", "key", "value", "attn_bias", "threshold")
     refuse_forward_mode(*zip(names, differentiable, strict=True))
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as where query, key and value are one
+            arguments = tuple(each.view_as(each) if isinstance(each, torch.Tensor) else each for each in arguments)
         return autograd.ThresholdAttention.apply(*arguments)
     return _support(*arguments)[:5] if with_support else (_output(*arguments),)
 
@@ -197,5 +201,5 @@ def _under_autocast(attention, query, key, value, options):
     return (result[0].to(dtype), result[1]) if options["return_support"] else result.to(dtype)
 
 
-def _any_nested(*tensors):
-    return any(isinstance(tensor, torch.Tensor) and tensor.is_nested for tensor in tensors)
+def _is_nested(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.is_nested

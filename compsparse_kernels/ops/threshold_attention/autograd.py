@@ -74,9 +74,11 @@ def _bias_grad(score_grad, row_ptr, col_idx, rows_shape, bias):
 
 
 def _thresholds_grad(cut_grad, thresholds, rule):
-    """The gradient of the cuts ``[B, H, Tq]``, added up where thresholds were broadcast, in the order of the rows: the
-    same for any number of threads, which a sum isn't. The cut of the relative rule is log t."""
-    places = torch.arange(thresholds.numel(), device=thresholds.device).view(thresholds.shape).expand(cut_grad.shape)
-    flat = cut_grad.new_zeros(thresholds.numel(), dtype=torch.float64)
-    flat = flat.index_add(0, places.flatten(), cut_grad.double().flatten()).view(thresholds.shape)
-    return flat / thresholds if rule == "relative" else flat
+    """The gradient of the cuts ``[B, H, Tq]``, added up where thresholds were broadcast. (The relative rule's cut is
+    log t.) A running sum has one order, whatever the number of threads, which ``sum`` has not."""
+    total = cut_grad.double()
+    for dim, size in enumerate(thresholds.shape):
+        if size == 1 and total.shape[dim] > 0:
+            total = total.cumsum(dim).narrow(dim, total.shape[dim] - 1, 1)
+    total = total.sum_to_size(thresholds.shape)  # of nothing at all
+    return total / thresholds if rule == "relative" else total

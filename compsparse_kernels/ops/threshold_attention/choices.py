@@ -14,27 +14,25 @@ _INT64 = range(-(2**63), 2**63)
 
 def weighting_of(rule: str, weights: str, shrink: bool) -> str:
     """What the op calls the weighting: softmax, shrink or rectified."""
-    require(rule in RULES, "rule", f"one of {', '.join(RULES)}", repr(rule))
-    require(weights in WEIGHTS, "weights", f"one of {', '.join(WEIGHTS)}", repr(weights))
-    require(isinstance(shrink, bool), "shrink", "a bool", describe(shrink), TypeError)
+    if rule not in RULES:
+        require(False, "rule", f"one of {', '.join(RULES)}", repr(rule))
+    if weights not in WEIGHTS:
+        require(False, "weights", f"one of {', '.join(WEIGHTS)}", repr(weights))
+    if not isinstance(shrink, bool):
+        require(False, "shrink", "a bool", describe(shrink), TypeError)
     if rule not in WITH_CUT:
         own = "has weights of its own" if rule == "entmax" else "has no cut of its own to measure scores from"
         require(weights == "softmax", "weights", f"'softmax' (rule '{rule}' {own})", repr(weights))
         require(not shrink, "shrink", f"False (rule '{rule}' {own})", shrink)
-    require(
-        not shrink or weights == "softmax",
-        "shrink",
-        "False (weights='rectified' are 0 at the cut without it)",
-        shrink,
-    )
+    if shrink and weights == "rectified":
+        require(False, "shrink", "False (weights='rectified' are 0 at the cut without it)", shrink)
     return "shrink" if shrink else weights
 
 
 def check_threshold(threshold: object, rule: str, weighting: str) -> None:
     """A number in the range of the rule."""
-    wanted = wanted_threshold(rule, weighting)
-    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    require(is_number, "threshold", wanted, describe(threshold), TypeError)
+    if not _is_number(threshold):
+        require(False, "threshold", wanted_threshold(rule, weighting), describe(threshold), TypeError)
     if rule == "topk":
         ok = isinstance(threshold, int) and threshold >= 1
     elif rule == "entmax":
@@ -43,7 +41,8 @@ def check_threshold(threshold: object, rule: str, weighting: str) -> None:
         ok = -math.inf < threshold < math.inf
     else:
         ok = 0 < threshold <= 1 and not (threshold == 1 and rule == "relative" and weighting != "softmax")
-    require(ok, "threshold", wanted, threshold)
+    if not ok:
+        require(False, "threshold", wanted_threshold(rule, weighting), threshold)
 
 
 def wanted_threshold(rule: str, weighting: str) -> str:
@@ -74,19 +73,20 @@ def window_of(window: object) -> tuple[int, int]:
 def scale_of(scale: object, width: int) -> float:
     if scale is None:
         return 1 / math.sqrt(width)
-    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    require(is_number, "scale", "a number", describe(scale), TypeError)
+    if not _is_number(scale):
+        require(False, "scale", "a number", describe(scale), TypeError)
     require(-math.inf < scale < math.inf, "scale", "a finite number", scale)
     return float(scale)
 
 
 def dropout_of(dropout_p: object, seed: object) -> tuple[float, int]:
     """The probability and the seed of dropout; without a seed one is drawn, so that ``torch.manual_seed`` decides."""
-    is_number = isinstance(dropout_p, (int, float)) and not isinstance(dropout_p, bool)
-    require(is_number, "dropout_p", "a number in [0, 1)", describe(dropout_p), TypeError)
+    if not _is_number(dropout_p):
+        require(False, "dropout_p", "a number in [0, 1)", describe(dropout_p), TypeError)
     require(0 <= dropout_p < 1, "dropout_p", "a number in [0, 1)", dropout_p)
     if seed is not None:
-        require(_is_int(seed), "seed", "an int or None", describe(seed), TypeError)
+        if not _is_int(seed):
+            require(False, "seed", "an int or None", describe(seed), TypeError)
         if not torch.compiler.is_compiling():
             require(seed in _INT64, "seed", "an int of 64 bits", seed)
     elif dropout_p > 0:
@@ -95,13 +95,19 @@ def dropout_of(dropout_p: object, seed: object) -> tuple[float, int]:
 
 
 def check_offset(query_offset: object) -> None:
-    require(_is_int(query_offset), "query_offset", "an int", describe(query_offset), TypeError)
+    if not _is_int(query_offset):
+        require(False, "query_offset", "an int", describe(query_offset), TypeError)
 
 
 def check_return_support(return_support: object) -> None:
-    ok = any(return_support is choice for choice in (False, True)) or return_support in ("csr", "degree")
-    require(ok, "return_support", "False, True, 'csr' or 'degree'", repr(return_support))
+    ok = isinstance(return_support, bool) or return_support in ("csr", "degree")
+    if not ok:
+        require(False, "return_support", "False, True, 'csr' or 'degree'", repr(return_support))
 
 
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,7 +2,7 @@
 
 import torch
 
-from compsparse_kernels.layouts.checks import require
+from compsparse_kernels.layouts.checks import describe, require
 
 # What has no meaning, or no one meaning, for sequences of different lengths.
 _REFUSED = ("attn_bias", "key_padding_mask", "cu_seqlens_q", "cu_seqlens_k")
@@ -39,14 +39,10 @@ def _nested(packed, bounds):
 
 
 def _check(name, tensor):
-    ok = isinstance(tensor, torch.Tensor) and tensor.is_nested
-    require(
-        ok, name, _WANTED, "one that isn't" if isinstance(tensor, torch.Tensor) else type(tensor).__name__, TypeError
-    )
-    jagged = tensor.layout == torch.jagged
-    require(jagged, name, _WANTED, f"one of layout {tensor.layout}", TypeError)
+    if not (isinstance(tensor, torch.Tensor) and tensor.is_nested):
+        require(False, name, _WANTED, describe(tensor), TypeError)
+    require(tensor.layout == torch.jagged, name, _WANTED, f"one of layout {tensor.layout}", TypeError)
     require(tensor.dim() == 4, name, _WANTED, f"a {tensor.dim()}-D one")
-    require(
-        tensor._ragged_idx == 2, name, f"{_WANTED} (a transpose(1, 2) of [B, tokens, H, width])", "[B, tokens, ...]"
-    )
+    wanted = f"{_WANTED} (a transpose(1, 2) of [B, tokens, H, width])"
+    require(tensor._ragged_idx == 2, name, wanted, "one whose tokens are not dimension 2")
     require(tensor.lengths() is None, name, "a contiguous nested tensor, without holes", "one with lengths")
