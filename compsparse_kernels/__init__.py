@@ -4,7 +4,14 @@ from compsparse_kernels import prune, theory
 from compsparse_kernels._version import __version__
 from compsparse_kernels.graphs import FunctionGraph
 from compsparse_kernels.layouts import AttentionSupport, BlockLayout, DAGLayout, MaskLayout
-from compsparse_kernels.nn import DAGNetwork, MaskedLinear, SparseDAGLinear, ThresholdAttention
+from compsparse_kernels.nn import (
+    DAGNetwork,
+    KVCache,
+    MaskedLinear,
+    SparseDAGLinear,
+    ThresholdAttention,
+    TransformerBlock,
+)
 from compsparse_kernels.ops import (
     block_sparse_linear,
     dag_network,
@@ -21,10 +28,12 @@ __all__ = [
     "DAGLayout",
     "DAGNetwork",
     "FunctionGraph",
+    "KVCache",
     "MaskLayout",
     "MaskedLinear",
     "SparseDAGLinear",
     "ThresholdAttention",
+    "TransformerBlock",
     "__version__",
     "block_sparse_linear",
     "dag_network",

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks.claims import __main__ as command
 from benchmarks.claims import c06_end_to_end as end_to_end
-from benchmarks.claims import ring
+from benchmarks.claims import c07_attention_parents as parents_found
+from benchmarks.claims import characters, ring
 from benchmarks.claims.common import Claim, Criterion, SeedResult, results_table, run_claim
 from compsparse_kernels import theory
 
@@ -188,3 +189,67 @@ def test_both_classes_come_equally_often_and_shuffled_labels_keep_them():
     assert torch.equal(plain.test_y, shuffled.test_y)
     rough = (plain.train_x - plain.train_x.roll(1, 1)).square().mean(1)
     assert rough[plain.train_y == 0].mean() > 2 * rough[plain.train_y == 1].mean()
+
+
+# ---- attention and its parents
+
+
+def test_the_target_depends_on_its_parents_alone():
+    values, parents, y = parents_found.problem(500, 6, torch.Generator().manual_seed(0))
+    assert (parents[:, 0] != parents[:, 1]).all() and set(parents.unique().tolist()) == set(range(6))
+    first, second = values.gather(1, parents).T
+    torch.testing.assert_close(y, torch.sin(2 * first) + first * second)
+
+
+def test_parents_among_the_kept_are_counted_right():
+    """A model whose heads are made to look at one named key each: with queries aligned to keys nothing else is kept,
+    and with queries of 0 everything is."""
+    size = dataclasses.replace(parents_found.QUICK, dim=16, tokens=4)
+    model = parents_found.Retrieval(4, size)
+    with torch.no_grad():
+        attention = model.attention
+        model.named.weight.copy_(torch.eye(4, 8) * 50)
+        model.key.weight.copy_(torch.cat((torch.eye(4, 8), torch.eye(4, 8)), 1))
+        attention.in_proj_weight[:32].copy_(torch.eye(16).repeat(2, 1))
+        attention.in_proj_bias.zero_()
+        model.value.weight.zero_()
+        model.value.bias.zero_()
+        test = parents_found.problem(100, 4, torch.Generator().manual_seed(0))
+        found = parents_found._at(model, 0.1, test)
+        assert (found["recall"], found["precision"], found["kept"]) == (1, 1, 2)
+        assert model.attention is attention
+        model.named.weight.zero_()
+        found = parents_found._at(model, 0.1, test)
+        assert (found["recall"], found["precision"], found["kept"]) == (1, 0.5, 4)
+
+
+def test_the_text_is_the_librarys():
+    text = characters.library_text(5000)
+    assert len(text) == 5000 and text.min() >= 0 and text.max() < characters.CHARACTERS
+    assert "import" in "".join(map(chr, text.tolist()))
+
+
+def test_every_arm_of_the_character_model_begins_alike():
+    """The same weights, and softmax is what a threshold near 0 gives; nothing in them looks ahead."""
+    size = characters.QUICK
+    models = []
+    for arm in characters.ARMS:
+        torch.manual_seed(0)
+        models.append(characters.CharacterModel(size, arm).double())
+    softmax, fixed, learned = models
+    states = [model.state_dict() for model in models]
+    assert set(states[0]) == set(states[1]) == {name for name in states[2] if "threshold" not in name}
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in states[0])
+    for block in learned.blocks:
+        threshold = block.attention.threshold
+        torch.testing.assert_close(threshold, torch.full_like(threshold, size.threshold))
+    text = characters.library_text(200)
+    x = torch.stack((text[100 : 100 + size.context], text[100 : 100 + size.context]))
+    x[1, 8:] = 0
+    for model in models:
+        out = model(x)
+        torch.testing.assert_close(out[0, :8], out[1, :8])
+    assert (fixed(x) - softmax(x)).abs().max() < 1  # not the same, but near
+    for block in fixed.blocks:
+        block.attention.threshold = 1e-30
+    torch.testing.assert_close(fixed(x), softmax(x))

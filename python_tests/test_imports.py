@@ -88,7 +88,19 @@ def test_the_package_does_not_import_its_test_helpers():
 
 # ---- fresh processes
 
-HEAVY = ("matplotlib", "scipy", "rich", "mlxtend", "triton", "networkx", "sympy", "pandas", "pytest", "hypothesis")
+HEAVY = (
+    "matplotlib",
+    "scipy",
+    "rich",
+    "mlxtend",
+    "triton",
+    "networkx",
+    "sympy",
+    "pandas",
+    "transformers",
+    "pytest",
+    "hypothesis",
+)
 
 
 def test_import_loads_nothing_heavy():

@@ -15,7 +15,7 @@ from benchmarks.claims.common import SEEDS, Claim, SeedResult, results_table, ru
 from compsparse_kernels.cli.output import console_for
 from compsparse_kernels.testing import num_threads
 
-MODULES = {"C3": "c03_imp_locality", "C5": "c05_beta_lasso", "C6": "c06_end_to_end"}
+MODULES = {"C3": "c03_imp_locality", "C5": "c05_beta_lasso", "C6": "c06_end_to_end", "C7": "c07_attention_parents"}
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "claims"
 INTERRUPTED = 130
 
