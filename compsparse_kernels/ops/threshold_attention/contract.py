@@ -1,30 +1,31 @@
 """Schemas, fakes and the fallback of thresholded attention. Constitution: all backends and tests change with it.
 
 ``compsparse::threshold_attention``           the output only, ``[B, H, Tq, Dv]``; the support is not stored
-``compsparse::threshold_attention_support``   output, the support by rows ``(b, h, i)``: row_ptr, col_idx, weights ``[nnz]``,
-                                              and of each row ``[B, H, Tq]`` log_sum and slope
-``compsparse::threshold_attention_backward``  gradients of query, key, value, of the scores of the support ``[nnz]``, and of
-                                              each row's cut ``[B, H, Tq]``
-``compsparse::threshold_attention_index``     what the screen knows of keys ``[B, Hkv, Tk, D]``: uint8, opaque; empty where
-                                              the kernels in use screen without one
+``compsparse::threshold_attention_support``   output, the support by rows ``(b, h, i)``: row_ptr, col_idx, weights
+                                              ``[nnz]``, and of each row ``[B, H, Tq]`` log_sum and slope
+``compsparse::threshold_attention_backward``  gradients of query, key, value, of the scores of the support ``[nnz]``,
+                                              and of each row's cut ``[B, H, Tq]``
+``compsparse::threshold_attention_index``     what the screen knows of keys ``[B, Hkv, Tk, D]``: uint8, opaque; empty
+                                              where the kernels in use screen without one
 ``compsparse::threshold_attention_index_``    writes the entries of the keys ``first, first + 1, ...`` into an index
 
 The arguments of the first two:
 
-- ``attn_bias`` has four dimensions, each of full size or 1, and is bool (true = may attend) or of the query's dtype; the
-  gradient of a bias is summed from that of the scores. ``key_padding_mask [B, Tk]`` is true where a key is ignored.
+- ``attn_bias`` has four dimensions, each of full size or 1, and is bool (true = may attend) or of the query's dtype;
+  the gradient of a bias is summed from that of the scores. ``key_padding_mask [B, Tk]`` is true where a key is ignored.
 - ``alibi_slopes`` float32 ``[H]``: ``-slope |i + query_offset - j|`` is added to the scores.
-- ``thresholds`` float64 ``[B or 1, H or 1, Tq or 1]`` in place of the number ``threshold`` (rules relative and absolute).
+- ``thresholds`` float64 ``[B or 1, H or 1, Tq or 1]`` in place of the number ``threshold`` (rules relative, absolute).
 - ``cu_seqlens_q, cu_seqlens_k`` int64 ``[S + 1]`` on the CPU, both or none, with B = 1: tokens of S sequences one after
   another. A query sees the keys of its own sequence; causality, the window and ALiBi count from its beginning, columns
   of the support from the first key of all.
 - ``index``: of these keys, or None.
 - ``rule`` relative, absolute, topk (``threshold`` keys), topp (a mass of ``threshold``), entmax (``threshold`` is its
   alpha, 2 is sparsemax). ``weighting`` softmax, rectified, shrink; entmax has its own.
-- query i sees the keys ``j`` of ``p - window_left .. p + window_right`` with ``p = i + query_offset`` (-1: no bound), and
-  ``j <= p`` if ``is_causal``.
+- query i sees the keys ``j`` of ``p - window_left .. p + window_right`` with ``p = i + query_offset`` (-1: no bound),
+  and ``j <= p`` if ``is_causal``.
 - ``dropout_p, seed``: of the weights; which entry is dropped depends on the seed, its row and its column alone.
 
+A ``SymInt`` is an int64 to the kernels; to ``torch.compile`` it is a number that may change without a new graph.
 ``slope`` is what the backward needs beside the weights (see reference.py).
 """
 
@@ -37,8 +38,8 @@ TAGS = (torch.Tag.pt2_compliant_tag,)
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_bias, Tensor? key_padding_mask, Tensor? alibi_slopes,"
     " Tensor? thresholds, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? index, float threshold, str rule,"
-    " str weighting, bool is_causal, int window_left, int window_right, int query_offset, float scale, float dropout_p,"
-    " int seed"
+    " str weighting, bool is_causal, int window_left, int window_right, SymInt query_offset, float scale,"
+    " float dropout_p, SymInt seed"
 )
 SUPPORT = "Tensor row_ptr, Tensor col_idx, Tensor weights, Tensor log_sum, Tensor slope"
 
@@ -48,12 +49,12 @@ lib.define(
 )
 lib.define(
     "threshold_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor row_ptr, Tensor col_idx,"
-    " Tensor weights, Tensor slope, float threshold, str rule, str weighting, float scale, float dropout_p, int seed)"
-    " -> (Tensor query_grad, Tensor key_grad, Tensor value_grad, Tensor score_grad, Tensor cut_grad)",
+    " Tensor weights, Tensor slope, float threshold, str rule, str weighting, float scale, float dropout_p,"
+    " SymInt seed) -> (Tensor query_grad, Tensor key_grad, Tensor value_grad, Tensor score_grad, Tensor cut_grad)",
     tags=TAGS,
 )
 lib.define("threshold_attention_index(Tensor key) -> Tensor", tags=TAGS)
-lib.define("threshold_attention_index_(Tensor(a!) index, Tensor key, int first) -> ()", tags=TAGS)
+lib.define("threshold_attention_index_(Tensor(a!) index, Tensor key, SymInt first) -> ()", tags=TAGS)
 _OPS = ("", "_support", "_backward", "_index", "_index_")
 for name in _OPS:
     lib.impl(

@@ -13,19 +13,19 @@ _WORD = 0xFFFFFFFF
 
 def kept_by_dropout(rows: torch.Tensor, columns: torch.Tensor, dropout_p: float, seed: int) -> torch.Tensor:
     """bool, of the shape of ``rows`` and ``columns`` (int64)."""
-    return philox(seed, columns, rows & _WORD, rows >> 32) >= round(dropout_p * 2**32)
+    words = philox(seed, columns, rows & _WORD, rows >> 32, torch.zeros_like(rows))
+    return words[0] >= round(dropout_p * 2**32)
 
 
-def philox(seed, first, second, third):
-    """The first word of Philox-4x32-10 of the counters (first, second, third, 0), each below 2^32, in int64."""
-    counter = [first, second, third, torch.zeros_like(first)]
+def philox(seed: int, *counter: torch.Tensor) -> list[torch.Tensor]:
+    """The four words of Philox-4x32-10 of a counter of four words; words are below 2^32, in int64."""
     key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
         low0, high0 = _product(counter[0], _MULTIPLIERS[0])
         low1, high1 = _product(counter[2], _MULTIPLIERS[1])
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [(word + step) & _WORD for word, step in zip(key, _WEYL, strict=True)]
-    return counter[0]
+    return list(counter)
 
 
 def _product(word, multiplier):

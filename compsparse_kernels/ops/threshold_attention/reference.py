@@ -8,10 +8,12 @@ With the scores s of a row, its largest m, its support S, and u >= 0 on S the we
   rectified          u = s - m - log t (relative), s - t (absolute)       r = 1 / U
   entmax             w = relu((alpha - 1) s - tau)^(1 / (alpha - 1))      r = 0
 
+A row where U = 0 (nothing kept, or nothing above the cut) has weights, slope and gradients 0.
+
 With the gradients d of the weights and c = sum w d (entmax: sum sigma d / sum sigma), those of the scores on S are
-sigma (d - c), where sigma = w, w + r, r, w^(2 - alpha) for softmax, shrink, rectified, entmax; that of the cut (log t of
-the relative rule, t of the absolute one) is -r sum (d - c). Where u depends on m, the row's largest scores share what
-makes the gradients of the row add up to 0.
+sigma (d - c), where sigma = w, w + r, r, w^(2 - alpha) for softmax, shrink, rectified, entmax; that of the cut (log t
+of the relative rule, t of the absolute one) is -r sum (d - c). Where u depends on m, the row's largest scores share
+what makes the gradients of the row add up to 0.
 """
 
 import math
@@ -55,13 +57,17 @@ def threshold_attention_support(
     lengths = query.shape[2], key.shape[2]
     positions = _positions(*lengths, cu_seqlens_q, cu_seqlens_k, query_offset, query.device)
     visible = _visible(*positions, is_causal, window_left, window_right)
-    scores = scale * query.to(dtype) @ _for_each_head(key.to(dtype), query).mT
-    scores = _biased(scores, attn_bias, alibi_slopes, positions)
+    key, value = key.to(dtype), value.to(dtype)
     if key_padding_mask is not None:
         visible = visible & ~key_padding_mask[:, None, None, :]
-    scores = scores.masked_fill(~visible, -math.inf)
+        hidden = key_padding_mask[:, None, :, None]  # may hold anything, NaN too
+        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+    scores = scale * query.to(dtype) @ _for_each_head(key, query).mT
+    scores = _biased(scores, attn_bias, alibi_slopes, positions).masked_fill(~visible, -math.inf)
     if thresholds is None:
         thresholds = torch.tensor(threshold, dtype=torch.float64, device=query.device)
+    else:
+        thresholds = thresholds.unsqueeze(-1)  # [B or 1, H or 1, Tq or 1, 1]
     kept = _kept(scores.detach(), thresholds.detach(), threshold, rule)
     weights, slope = _weights(scores, kept, thresholds, threshold, rule, weighting)
     row_ptr = torch.zeros(slope.numel() + 1, dtype=torch.int64, device=query.device)
@@ -70,9 +76,9 @@ def threshold_attention_support(
     log_sum = scores.detach().masked_fill(~kept, -math.inf).logsumexp(-1)
     shares = weights
     if dropout_p > 0:
-        shares = weights.flatten(0, 2).index_put((rows, columns), _dropped(weights[kept], rows, columns, dropout_p, seed))
-        shares = shares.view(weights.shape)
-    out = shares @ _for_each_head(value.to(dtype), query)
+        entries = _dropped(weights[kept], rows, columns, dropout_p, seed)
+        shares = torch.zeros_like(weights).flatten(0, 2).index_put((rows, columns), entries).view(weights.shape)
+    out = shares @ _for_each_head(value, query)
     return out.to(query.dtype), row_ptr, columns.to(torch.int32), weights[kept], log_sum, slope
 
 
@@ -92,7 +98,11 @@ def threshold_attention_backward(
     def spread(entries):
         return entries.new_zeros(math.prod(shape[:3]), shape[3]).index_put(kept, entries).view(shape)
 
-    weight_grad = (wide_grad @ _for_each_head(value.to(dtype), query).mT).flatten(0, 2)[kept]
+    read = spread(torch.ones_like(weights)).any(2)  # [B, H, Tk]; other keys may hold anything, NaN too
+    wide_key, wide_value = (
+        _for_each_head(tensor.to(dtype), query).masked_fill(~read.unsqueeze(-1), 0) for tensor in (key, value)
+    )
+    weight_grad = (wide_grad @ wide_value.mT).flatten(0, 2)[kept]
     shares = weights
     if dropout_p > 0:
         shares = _dropped(weights, *kept, dropout_p, seed)
@@ -113,7 +123,7 @@ def threshold_attention_backward(
         share = row_sum(score_grad) / row_sum(largest.to(dtype))
         score_grad = score_grad - share[rows] * largest
     dense_grad = spread(score_grad)
-    query_grad = scale * dense_grad @ _for_each_head(key.to(dtype), query)
+    query_grad = scale * dense_grad @ wide_key
     key_grad = _sum_of_group(scale * dense_grad.mT @ wide_query, key)
     value_grad = _sum_of_group(spread(shares).mT @ wide_grad, value)
     return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), score_grad, cut_grad
@@ -199,14 +209,14 @@ def _kept(scores, thresholds, threshold, rule):
     """The support. A row with undefined scores keeps exactly those, so that its output is undefined too."""
     if scores.shape[3] == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    cut = _cut(scores, thresholds, threshold, rule)
     undefined = scores.isnan()
-    kept = (scores > cut if rule == "entmax" else scores >= cut) & (scores > -math.inf)
+    kept = _entmax_kept(scores, threshold) if rule == "entmax" else scores >= _cut(scores, thresholds, threshold, rule)
+    kept = kept & (scores > -math.inf)
     return torch.where(undefined.any(-1, keepdim=True), undefined, kept)
 
 
 def _cut(scores, thresholds, threshold, rule):
-    """The score from which on a key of the row is kept (of entmax: above which)."""
+    """The score from which on a key of the row is kept."""
     if rule == "absolute":
         return thresholds.to(scores.dtype)
     if rule == "relative":
@@ -214,39 +224,32 @@ def _cut(scores, thresholds, threshold, rule):
     ordered = scores.sort(-1, descending=True).values
     if rule == "topk":
         return ordered[..., min(int(threshold), scores.shape[3]) - 1].unsqueeze(-1)
-    if rule == "topp":
-        enough = ordered.softmax(-1).nan_to_num(0).cumsum(-1) >= threshold
-        fewest = torch.where(enough.any(-1), enough.int().argmax(-1), scores.shape[3] - 1)
-        return ordered.gather(-1, fewest.unsqueeze(-1))
-    size = _entmax_size((threshold - 1) * ordered, threshold)
-    inside = torch.arange(scores.shape[3], device=scores.device) < size
-    return _entmax_tau((threshold - 1) * ordered, inside, threshold) / (threshold - 1)
+    mass = ordered.softmax(-1).nan_to_num(0).cumsum(-1)
+    enough = (mass >= threshold) & (threshold < 1)  # rounding may reach 1 before the last key
+    fewest = torch.where(enough.any(-1), enough.int().argmax(-1), scores.shape[3] - 1)
+    return ordered.gather(-1, fewest.unsqueeze(-1))
 
 
-def _entmax_size(ordered, alpha):
-    """The size of the support, ``[..., 1]``, from scores in descending order, each times alpha - 1."""
-    ranks = torch.arange(1, ordered.shape[-1] + 1, dtype=ordered.dtype, device=ordered.device)
-    below = ordered - ordered[..., :1]  # moments of what lies below the largest: squares of large scores would cancel
-    mean = below.nan_to_num(neginf=-1e30).cumsum(-1) / ranks
+def _entmax_kept(scores, alpha):
+    """Where relu((alpha - 1) s - tau) is positive: found from the scores in descending order (Peters et al.,
+    "Sparse sequence-to-sequence models", 2019, algorithms 1 and 2)."""
+    below = (alpha - 1) * scores
+    below = below - below.amax(-1, keepdim=True)
+    # The largest alone has tau = -1, so nothing at -1 or below is kept, and -2 stands for all below that.
+    ordered = below.clamp(min=-2).sort(-1, descending=True).values
+    ranks = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
+    mean = ordered.cumsum(-1) / ranks
+    tau = _entmax_tau(mean, ordered.square().cumsum(-1) - ranks * mean.square(), ranks, alpha)
+    size = (ordered > tau).sum(-1, keepdim=True)
+    # A score of +inf is undefined here, as in softmax: it is kept and shows.
+    return (below > tau.gather(-1, (size - 1).clamp(min=0))) | below.isnan()
+
+
+def _entmax_tau(mean, spread, number, alpha):
+    """tau of sum relu(x - tau)^(1 / (alpha - 1)) = 1 over so many numbers with this mean and sum (x - mean)^2."""
     if alpha == 2:
-        inside = below > mean - 1 / ranks
-    else:
-        spread = below.nan_to_num(neginf=-1e15).square().cumsum(-1) - ranks * mean.square()
-        inside = below > mean - ((1 - spread) / ranks).clamp(min=0).sqrt()
-    return inside.sum(-1, keepdim=True)
-
-
-def _entmax_tau(scores, kept, alpha):
-    """tau of sum relu(scores - tau)^(1 / (alpha - 1)) = 1, where these are positive for what is kept alone."""
-    number = kept.sum(-1, keepdim=True).clamp(min=1)
-    top = scores.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
-    top = top.masked_fill(~kept.any(-1, keepdim=True), 0)
-    below = (scores - top).masked_fill(~kept, 0)
-    mean = below.sum(-1, keepdim=True) / number
-    if alpha == 2:
-        return top + mean - 1 / number
-    spread = (below - mean).masked_fill(~kept, 0).square().sum(-1, keepdim=True)
-    return top + mean - ((1 - spread) / number).clamp(min=0).sqrt()
+        return mean - 1 / number
+    return mean - ((1 - spread) / number).clamp(min=0).sqrt()
 
 
 def _weights(scores, kept, thresholds, threshold, rule, weighting):
@@ -254,9 +257,7 @@ def _weights(scores, kept, thresholds, threshold, rule, weighting):
     if scores.shape[3] == 0:
         return scores, scores.new_zeros(scores.shape[:3])
     if rule == "entmax":
-        scaled = (threshold - 1) * scores
-        above = (scaled - _entmax_tau(scaled, kept, threshold)).masked_fill(~kept, 0)
-        return above if threshold == 2 else above.square(), scores.new_zeros(scores.shape[:3])
+        return _entmax_weights(scores, kept, threshold), scores.new_zeros(scores.shape[:3])
     some = kept.any(-1, keepdim=True)
     top = scores.masked_fill(~kept, -math.inf).amax(-1, keepdim=True).masked_fill(~some, 0)
     relative = rule == "relative"
@@ -277,7 +278,20 @@ def _weights(scores, kept, thresholds, threshold, rule, weighting):
     height = torch.where(height < 0, 0, height)  # rounding at the cut; NaN stays
     total = height.sum(-1, keepdim=True)
     slope = torch.where(total == 0, 0, slope.detach() / total.detach()).expand_as(top).squeeze(-1)
-    return height / total.masked_fill(total == 0, 1), slope.contiguous()
+    return (height / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0), slope.contiguous()
+
+
+def _entmax_weights(scores, kept, alpha):
+    scaled = (alpha - 1) * scores.masked_fill(~kept, 0)
+    top = scaled.detach().masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    below = (scaled - top).masked_fill(~kept, 0)
+    number = kept.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+    mean = below.sum(-1, keepdim=True) / number
+    spread = (below - mean).masked_fill(~kept, 0).square().sum(-1, keepdim=True)
+    tau = _entmax_tau(mean, spread, number, alpha)
+    above = (below - tau).masked_fill(~kept, 0)
+    above = torch.where(above < 0, 0, above)  # rounding at the cut; NaN stays
+    return above if alpha == 2 else above.square()
 
 
 def _dropped(entries, rows, columns, dropout_p, seed):
@@ -286,8 +300,12 @@ def _dropped(entries, rows, columns, dropout_p, seed):
 
 def _for_each_head(shared, query):
     """Key-value heads, each repeated for its group of query heads."""
+    if shared.shape[1] == query.shape[1]:
+        return shared
     return shared.repeat_interleave(query.shape[1] // shared.shape[1], 1)
 
 
 def _sum_of_group(per_head, shared):
+    if per_head.shape == shared.shape:
+        return per_head
     return per_head.unflatten(1, (shared.shape[1], -1)).sum(2)
