@@ -24,10 +24,8 @@ from compsparse_kernels.ops.triton_launch import LEAST_TILE, Launch, dot_precisi
 
 __all__ = ["suitable", "threshold_attention", "threshold_attention_support"]
 
-MOST_ROWS, MOST_KEYS = 64, 64  # of a tile of scores; a mask has 64 bits
-EXACT_SIDE, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
-WIDE = 128  # head sizes above take half the keys at a time
-UNIT = {"ieee": 2.0**-22, "tf32": 2.0**-22}
+MOST_ROWS, KEYS = 64, 32  # of a tile of scores; a mask has 32 bits
+EXACT_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
 SQUEEZED = 2.0**-9  # of a product of numbers rounded to tf32
 
 
@@ -112,6 +110,7 @@ def scoring(
         "keys": lengths[1],
         "heads": query.shape[1],
         "group": query.shape[1] // key.shape[1],
+        "width": query.shape[3],
         "scale": float(scale),
         "error": _error(query, scale),
         "BIAS": "none" if attn_bias is None else "bool" if is_bool else "float",
@@ -145,7 +144,7 @@ def decide_launch(given, found, log_sum, slope_out) -> Launch:
         "tile_ptr": tile_ptr,
         "kept_tiles": torch.empty(candidates, dtype=torch.int32, device=device),
         "kept_count": torch.empty(programs, dtype=torch.int32, device=device),
-        "masks": torch.empty(candidates, given["BLOCK_M"], dtype=torch.int64, device=device),
+        "masks": torch.empty(candidates, given["BLOCK_M"], dtype=torch.int32, device=device),
         "top": torch.empty_like(log_sum),
         "total": torch.empty_like(log_sum),
         "log_sum": log_sum,
@@ -200,17 +199,15 @@ def _tiles(query, value_width) -> dict[str, object]:
     width, precision = query.shape[3], dot_precision(query.dtype)
     exact = precision == "ieee"
     block_d, block_v = padded(width), padded(value_width)
-    most_rows, most_keys = (EXACT_SIDE, EXACT_SIDE) if exact else (MOST_ROWS, MOST_KEYS)
-    if max(block_d, block_v) > WIDE:
-        most_keys = min(most_keys, MOST_KEYS // 2)
+    most_rows = EXACT_ROWS if exact else MOST_ROWS
     return {
         "WIDTH": width,
         "VALUE_WIDTH": value_width,
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
         "STEP": min(block_d, EXACT_STEP) if exact else block_d,
-        "BLOCK_M": max(LEAST_TILE, min(most_rows, padded(query.shape[2]))),
-        "BLOCK_N": most_keys,
+        "BLOCK_M": min(most_rows, padded(query.shape[2])),
+        "BLOCK_N": KEYS,
         "PRECISION": precision,
     }
 

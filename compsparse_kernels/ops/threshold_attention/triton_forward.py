@@ -16,7 +16,6 @@ from compsparse_kernels.ops.threshold_attention.triton_scores import (
     any_in_row,
     any_of,
     exact_scores,
-    largest_open,
     over,
     products,
     rows_of,
@@ -29,6 +28,7 @@ from compsparse_kernels.ops.threshold_attention.triton_scores import (
 from compsparse_kernels.ops.triton_launch import MOST_REGISTERS, tuned
 
 NONE, UNDEFINED = tl.constexpr(-1), tl.constexpr(-2)  # in place of the column of a row's largest score
+DROPPED, OPEN, KEPT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CONFIGS = [
     triton.Config({}, num_warps=warps, num_stages=stages, maxnreg=MOST_REGISTERS) for stages in (3, 2) for warps in (4, 8)
 ]
@@ -56,7 +56,7 @@ def screen_kernel(
     top_column,  # [batch, heads, queries], int32: of the largest score
     batch_stride_q, head_stride_q, stride_q, batch_stride_k, head_stride_k, stride_k,
     batch_stride_b, head_stride_b, stride_b, column_stride_b, batch_stride_t, head_stride_t, stride_t,
-    queries, keys, heads, group, most_tiles, scale, error,
+    queries, keys, heads, group, width, most_tiles, scale, error,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     RULE: tl.constexpr, WEIGHTING: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,23 +92,27 @@ def screen_kernel(
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
         )  # fmt: skip
         undefined = undefined | any_in_row(visible & (e != e))
-        open = visible & ~(x + e <= under(best)[:, None]) & ~undefined[:, None]
-        if any_of(open):
-            while any_of(open):
-                at = largest_open(x, open)
-                some = any_in_row(open)
+        most = tl.where(visible, x + e, float("-inf"))
+        most = tl.where(most == most, most, float("inf"))
+        enough = tl.where(undefined | (best == float("inf")), float("inf"), under(best))
+        if any_of(most > enough[:, None]):
+            while any_of(most > enough[:, None]):
+                at = tl.argmax(most, 1)
+                some = tl.max(most, 1) > enough
                 column = tl.where(some, tile * BLOCK_N + at, 0)
                 s = exact_scores(
                     query, key, i, column, queries, stride_q, stride_k, bias, (stride_b, column_stride_b), diagonal,
-                    slope, wide_scale, WIDTH, BIAS, ALIBI,
+                    slope, wide_scale, width, BIAS, ALIBI,
                 )  # fmt: skip
                 undefined = undefined | (some & (s != s))
                 better = some & (s > best)
                 best = tl.where(better, s, best)
                 best_column = tl.where(better, column, best_column)
-                open = open & (c[None, :] != at[:, None]) & ~(x + e <= under(best)[:, None]) & ~undefined[:, None]
+                enough = tl.where(undefined | (best == float("inf")), float("inf"), under(best))
+                # What has been looked at is no more than the best, and as much of a candidate.
+                most = tl.where((c[None, :] == at[:, None]) & some[:, None], enough[:, None], most)
         least = under(best + cut if RULE == "relative" else cut)
-        if any_of(visible & ~(x + e < least[:, None])):
+        if any_of(~(most < least[:, None]) & (most > float("-inf"))):
             tl.store(tiles + pid.to(tl.int64) * most_tiles + count, tile)
             count += 1
     tl.store(tile_count + pid, count)
@@ -123,7 +127,7 @@ def decide_kernel(
     tile_ptr,  # [programs + 1], int64
     kept_tiles,  # [tile_ptr[-1]], int32: of each program those with survivors, and room
     kept_count,  # [programs], int32
-    masks,  # [tile_ptr[-1], BLOCK_M], int64: a bit for each key
+    masks,  # [tile_ptr[-1], BLOCK_M], int32: a bit for each key
     top,  # float32 [batch, heads, queries], and so the rest: what x is taken relative to
     total,  # the normaliser
     log_sum,
@@ -131,7 +135,7 @@ def decide_kernel(
     degree,  # int64: survivors
     batch_stride_q, head_stride_q, stride_q, batch_stride_k, head_stride_k, stride_k,
     batch_stride_b, head_stride_b, stride_b, column_stride_b, batch_stride_t, head_stride_t, stride_t,
-    queries, keys, heads, group, most_tiles, scale, error,
+    queries, keys, heads, group, width, most_tiles, scale, error,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     RULE: tl.constexpr, WEIGHTING: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,7 +162,7 @@ def decide_kernel(
     # Added up here once more, by the same code as the undecided scores: equal scores have equal bits.
     best = exact_scores(
         query, key, i, tl.maximum(best_column, 0), queries, stride_q, stride_k, bias, (stride_b, column_stride_b),
-        diagonal, slope, wide_scale, WIDTH, BIAS, ALIBI,
+        diagonal, slope, wide_scale, width, BIAS, ALIBI,
     )  # fmt: skip
     best = tl.where(best_column < 0, float("-inf"), best)
     least = best + cut if RULE == "relative" else cut
@@ -168,7 +172,7 @@ def decide_kernel(
     sums, powers = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     number = tl.zeros((BLOCK_M,), tl.int32)
     c = tl.arange(0, BLOCK_N)
-    bit = tl.full((BLOCK_N,), 1, tl.int64) << c.to(tl.int64)
+    bit = tl.full((BLOCK_N,), 1, tl.int32) << c
     tiles += pid.to(tl.int64) * most_tiles
     begin = tl.load(tile_ptr + pid)
     count = 0
@@ -182,23 +186,21 @@ def decide_kernel(
             product, i, j, low_i, end_i, norm_i, queries, keys, key_norm, bias, (stride_b, column_stride_b),
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
         )  # fmt: skip
-        kept = visible & (x - e >= surely_over[:, None])
-        open = visible & ~kept & ~(x + e < surely_under[:, None])
         # A row with undefined scores keeps exactly those.
-        kept = tl.where(undefined[:, None], visible & (e != e), kept)
-        open = open & ~(undefined[:, None] & (x == x) & (e < float("inf"))) & ~(e != e)
-        if any_of(open):
-            while any_of(open):
-                at = largest_open(x, open)
-                some = any_in_row(open)
+        unsure = tl.where(undefined[:, None], ~((x - x == 0) & (e < float("inf"))), ~(x + e < surely_under[:, None]))
+        sure = tl.where(undefined[:, None], e != e, x - e >= surely_over[:, None])
+        verdict = tl.where(visible & unsure, tl.where(sure, KEPT, OPEN), DROPPED)
+        if any_of(verdict == OPEN):
+            while any_of(verdict == OPEN):
+                at = tl.argmax((verdict == OPEN).to(tl.int32), 1)
                 s = exact_scores(
-                    query, key, i, tl.where(some, tile * BLOCK_N + at, 0), queries, stride_q, stride_k, bias,
-                    (stride_b, column_stride_b), diagonal, slope, wide_scale, WIDTH, BIAS, ALIBI,
+                    query, key, i, tl.minimum(tile * BLOCK_N + at, keys - 1), queries, stride_q, stride_k, bias,
+                    (stride_b, column_stride_b), diagonal, slope, wide_scale, width, BIAS, ALIBI,
                 )  # fmt: skip
                 yes = tl.where(undefined, s != s, (s >= least) & (s > float("-inf")))
-                here = open & (c[None, :] == at[:, None])
-                kept = kept | (here & yes[:, None])
-                open = open & ~here
+                here = (verdict == OPEN) & (c[None, :] == at[:, None])
+                verdict = tl.where(here, tl.where(yes, KEPT, DROPPED)[:, None], verdict)
+        kept = verdict == KEPT
         if any_of(kept):
             u = tl.where(kept, unnormalised(x, top_i, cut_i, threshold, RULE, WEIGHTING), 0.0)
             sums += tl.sum(u, 1)
@@ -277,7 +279,7 @@ def attend_kernel(
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
         )  # fmt: skip
         bits = tl.load(masks + (begin + n) * BLOCK_M + tl.arange(0, BLOCK_M))
-        kept = (bits[:, None] >> c.to(tl.int64)[None, :]) & 1 != 0
+        kept = (bits[:, None] >> c[None, :]) & 1 != 0
         u = unnormalised(x, top_i, cut_i, threshold, RULE, WEIGHTING)
         w = tl.where(kept, u / total_i[:, None], 0.0)
         if SUPPORT:

@@ -101,17 +101,17 @@ def tile_scores(
 
 @triton.jit
 def exact_scores(
-    query, key, i, j, queries, query_stride, key_stride, bias, bias_strides, diagonal, slope, exact_scale,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    query, key, i, j, queries, query_stride, key_stride, bias, bias_strides, diagonal, slope, exact_scale, width,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Scores in float64 of queries ``i`` and one existing key ``j`` each, ``[queries]``."""
-    CHUNK: tl.constexpr = 16
+    CHUNK: tl.constexpr = 16  # ``width`` is no constant, so that the loop is not unrolled: it is rare, and registers are not
     rows = query + tl.minimum(i, queries - 1).to(tl.int64)[:, None] * query_stride
     columns = key + j.to(tl.int64)[:, None] * key_stride
     total = tl.zeros((i.shape[0],), tl.float64)
-    for first in range(0, WIDTH, CHUNK):
+    for first in range(0, width, CHUNK):
         d = first + tl.arange(0, CHUNK)
-        inside = (d < WIDTH)[None, :]
+        inside = (d < width)[None, :]
         a = tl.load(rows + d[None, :], mask=inside, other=0.0).to(tl.float64)
         b = tl.load(columns + d[None, :], mask=inside, other=0.0).to(tl.float64)
         total += tl.sum(a * b, 1)
@@ -146,13 +146,6 @@ def any_of(condition):
 @triton.jit
 def any_in_row(condition):
     return tl.max(condition.to(tl.int32), 1) > 0
-
-
-@triton.jit
-def largest_open(x, open):
-    """Of each row the place of the largest score among those that are open; NaN counts as the least."""
-    order = tl.where(x > -3e38, x, -3e38)
-    return tl.argmax(tl.where(open, order, float("-inf")), 1)
 
 
 @triton.jit
