@@ -13,19 +13,14 @@ import math
 import torch
 import triton
 
-from compsparse_kernels.ops.threshold_attention import reference
-from compsparse_kernels.ops.threshold_attention.triton_forward import (
-    attend_kernel,
-    decide_kernel,
-    screen_kernel,
-    suitable,
-)
+from compsparse_kernels.ops.threshold_attention import reference, triton_backward, triton_forward
+from compsparse_kernels.ops.threshold_attention.triton_backward import keys_kernel, rows_kernel
+from compsparse_kernels.ops.threshold_attention.triton_forward import attend_kernel, decide_kernel, screen_kernel
 from compsparse_kernels.ops.triton_launch import LEAST_TILE, Launch, dot_precision, padded
-
-__all__ = ["suitable", "threshold_attention", "threshold_attention_support"]
 
 MOST_ROWS, KEYS = 64, 32  # of a tile of scores; a mask has 32 bits
 EXACT_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
+GATHERED = 1024  # numbers of the rows that a program of the backward gathers at a time
 SQUEEZED = 2.0**-9  # of a product of numbers rounded to tf32
 
 
@@ -37,6 +32,86 @@ def threshold_attention(*arguments):
 def threshold_attention_support(*arguments):
     """The op of the same name at key CUDA."""
     return _forward(*arguments, with_support=True)
+
+
+def threshold_attention_backward(
+    grad, query, key, value, row_ptr, col_idx, weights, slope, threshold, rule, weighting, scale, dropout_p, seed
+):
+    """The op of the same name at key CUDA."""
+    grad, query, key, value = (tensor.contiguous() for tensor in (grad, query, key, value))
+    of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    of_score = torch.empty_like(weights)
+    of_cut = weights.new_empty(query.shape[:3])
+    given = _gathering(query, key, value, scale, dropout_p, seed)
+    support = {"row_ptr": row_ptr, "col_idx": col_idx, "weights": weights}
+    if of_cut.numel():
+        rows_launch(given, grad, key, value, support, slope, rule, weighting, of_score, of_cut, of_query)()
+    if of_key.shape[:3].numel():
+        keys_launch(given, grad, query, key, support, of_score, of_key, of_value)()
+    return of_query, of_key, of_value, of_score, of_cut
+
+
+def rows_launch(given, grad, key, value, support, slope, rule, weighting, of_score, of_cut, of_query) -> Launch:
+    more = {
+        "grad": grad,
+        "key": key,
+        "value": value,
+        "slopes": slope.contiguous(),
+        "weight_grad": torch.empty_like(of_score),
+        "score_grad": of_score,
+        "cut_grad": of_cut,
+        "query_grad": of_query,
+        "WEIGHTING": weighting,
+        "LARGEST_SHARE": rule == "relative" and weighting != "softmax",
+    }
+    return _launch(rows_kernel, given | support | more, of_cut.numel())
+
+
+def keys_launch(given, grad, query, key, support, of_score, of_key, of_value) -> Launch:
+    row_ptr, col_idx = support["row_ptr"], support["col_idx"].long()
+    batch, heads, queries, _ = query.shape
+    _, kv_heads, keys, _ = key.shape
+    entry_row = torch.arange(len(row_ptr) - 1, device=query.device)
+    entry_row = entry_row.repeat_interleave(row_ptr.diff(), output_size=len(col_idx))
+    head = entry_row // queries
+    owner = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * keys + col_idx
+    owner, entries = owner.sort(stable=True)  # by rows among those of one key
+    owners = batch * kv_heads * keys
+    more = {
+        "grad": grad,
+        "query": query,
+        "key_ptr": torch.searchsorted(owner, torch.arange(owners + 1, device=query.device)),
+        "entries": entries,
+        "entry_row": entry_row,
+        "score_grad": of_score,
+        "key_grad": of_key,
+        "value_grad": of_value,
+    }
+    return _launch(keys_kernel, given | support | more, owners)
+
+
+def _gathering(query, key, value, scale, dropout_p, seed) -> dict[str, object]:
+    width, value_width = query.shape[3], value.shape[3]
+    block_d, block_v = triton.next_power_of_2(width), triton.next_power_of_2(value_width)
+    return {
+        "queries": query.shape[2],
+        "keys": key.shape[2],
+        "heads": query.shape[1],
+        "group": query.shape[1] // key.shape[1],
+        "scale": float(scale),
+        "WIDTH": width,
+        "VALUE_WIDTH": value_width,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "CHUNK": max(2, min(32, GATHERED // max(block_d, block_v))),
+        **dropping(dropout_p, seed),
+    }
+
+
+def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
+    """The configurations to choose from, of any of the kernels."""
+    room = triton_backward if "CHUNK" in arguments else triton_forward
+    return room.suitable(configs, arguments, shared_memory)
 
 
 def _forward(
