@@ -93,7 +93,7 @@ def dtypes_on(device: str, op: str) -> tuple[torch.dtype, ...]:
 
 
 def why_not(backend: str, op: str, *tensors: torch.Tensor, rule: str | None = None) -> str | None:
-    """The reason why a backend can't run an op on these tensors, or None if it can. ``rule``: of threshold_attention."""
+    """The reason why a backend can't run an op (with this ``rule``) on these tensors, or None if it can."""
     if backend == "reference":
         return next((reason for tensor in tensors if (reason := _no_reference(op, tensor))), None)
     device, ops, missing = _KERNELS[backend]

@@ -136,7 +136,9 @@ class _Draw:
         return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([tokens])])
 
 
-def check(case: Case, run: Callable[[str, tuple], object], arguments: tuple | None = None, backward: bool = True) -> dict:
+def check(
+    case: Case, run: Callable[[str, tuple], object], arguments: tuple | None = None, backward: bool = True
+) -> dict:
     """``run(op, arguments)``, with an op of RESULTS or GRADIENTS, is within the budget; returns all it computed.
 
     Dense torch, whose error sets the budget, is the reference in the case's own dtype, given the exact support.

@@ -63,7 +63,6 @@ for name in _OPS:
     )
 
 
-
 def _asked_of_forward(query, key, value, *options):
     return {"tensors": (query, key, value), "rule": options[_RULE_AFTER_VALUE]}
 

@@ -16,7 +16,7 @@ import triton
 from compsparse_kernels.ops.threshold_attention import reference, triton_backward, triton_forward
 from compsparse_kernels.ops.threshold_attention.triton_backward import keys_kernel, rows_kernel
 from compsparse_kernels.ops.threshold_attention.triton_forward import attend_kernel, decide_kernel, screen_kernel
-from compsparse_kernels.ops.triton_launch import LEAST_TILE, Launch, dot_precision, padded
+from compsparse_kernels.ops.triton_launch import Launch, dot_precision, padded
 
 MOST_ROWS, KEYS = 64, 32  # of a tile of scores; a mask has 32 bits
 EXACT_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
@@ -134,7 +134,7 @@ def _forward(
     )  # fmt: skip
     screen = screen_launch(given)
     screen()
-    found = {name: screen.arguments[name] for name in ("tiles", "tile_count", "top_column")}
+    found = {name: screen.arguments[name] for name in ("tiles", "tile_count", "top_column", "top")}
     decide = decide_launch(given, found, **made)
     decide()
     torch.cumsum(decide.arguments["degree"].flatten(), 0, out=row_ptr[1:])
@@ -204,6 +204,7 @@ def screen_launch(given) -> Launch:
         "tiles": torch.empty(programs, most, dtype=torch.int32, device=device),
         "tile_count": torch.empty(programs, dtype=torch.int32, device=device),
         "top_column": torch.empty(given["query"].shape[:3], dtype=torch.int32, device=device),
+        "top": torch.empty(given["query"].shape[:3], dtype=torch.float32, device=device),
         "most_tiles": most,
     }
     return _launch(screen_kernel, given | results, programs)
@@ -220,7 +221,6 @@ def decide_launch(given, found, log_sum, slope_out) -> Launch:
         "kept_tiles": torch.empty(candidates, dtype=torch.int32, device=device),
         "kept_count": torch.empty(programs, dtype=torch.int32, device=device),
         "masks": torch.empty(candidates, given["BLOCK_M"], dtype=torch.int32, device=device),
-        "top": torch.empty_like(log_sum),
         "total": torch.empty_like(log_sum),
         "log_sum": log_sum,
         "slope_out": slope_out,

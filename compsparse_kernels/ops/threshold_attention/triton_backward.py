@@ -1,7 +1,7 @@
 """The two kernels of the backward: work in proportion to the survivors. For a row with gradients d of its weights,
 
-rows    one program for a row of the support: d from the rows of V that it kept, the gradients of its scores (formulas in
-        reference.py), of its cut, and of its query.
+rows    one program for a row of the support: d from the rows of V that it kept, the gradients of its scores (formulas
+        in reference.py), of its cut, and of its query.
 keys    one program for a key, with the list of the entries that kept it, in the order of rows: the gradients of key and
         value. The lists are the support sorted by keys, made by torch.
 

@@ -2,8 +2,8 @@
 
 screen   walks the visible keys: keeps of each row the largest score, decided in float64, and lists the tiles of keys
          that may hold survivors, by the largest score so far.
-decide   walks these tiles: decides the support, stores it as masks of bits of the tiles that do hold survivors, and adds
-         up what the weights need: the normaliser, the log-sum, the slope.
+decide   walks these tiles: decides the support, stores it as masks of bits of the tiles that do hold survivors, and
+         adds up what the weights need: the normaliser, the log-sum, the slope.
 attend   walks the tiles with survivors: weights, times the values; and the support by rows, where it is wanted.
 
 Where nothing is skipped all tiles are listed, and this is attention by tiles with two products of scores more.
@@ -30,7 +30,9 @@ from compsparse_kernels.ops.triton_launch import MOST_REGISTERS, tuned
 NONE, UNDEFINED = tl.constexpr(-1), tl.constexpr(-2)  # in place of the column of a row's largest score
 DROPPED, OPEN, KEPT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CONFIGS = [
-    triton.Config({}, num_warps=warps, num_stages=stages, maxnreg=MOST_REGISTERS) for stages in (3, 2) for warps in (4, 8)
+    triton.Config({}, num_warps=warps, num_stages=stages, maxnreg=MOST_REGISTERS)
+    for stages in (3, 2)
+    for warps in (4, 8)
 ]
 KEY = ["WIDTH", "VALUE_WIDTH", "BLOCK_M", "BLOCK_N", "BIAS", "RULE", "PRECISION", "queries", "keys"]
 
@@ -54,6 +56,7 @@ def screen_kernel(
     tiles,  # [programs, most_tiles], int32: of keys, those with candidates
     tile_count,  # [programs], int32
     top_column,  # [batch, heads, queries], int32: of the largest score
+    top,  # [batch, heads, queries], float32: this score as the weights see it, that is not in float64
     batch_stride_q, head_stride_q, stride_q, batch_stride_k, head_stride_k, stride_k,
     batch_stride_b, head_stride_b, stride_b, column_stride_b, batch_stride_t, head_stride_t, stride_t,
     queries, keys, heads, group, width, most_tiles, scale, error,
@@ -78,15 +81,14 @@ def screen_kernel(
     q = rows_of(query, i, queries, stride_q, WIDTH, BLOCK_D) if STEP == BLOCK_D else 0.0
     best = tl.full((BLOCK_M,), float("-inf"), tl.float64)
     best_column = tl.full((BLOCK_M,), NONE, tl.int32)
+    top_i = tl.zeros((BLOCK_M,), tl.float32)
     undefined = best_column > 0
     count = 0
     c = tl.arange(0, BLOCK_N)
     first_tile = tl.min(tl.where(low_i < end_i, low_i, keys)) // BLOCK_N
     for tile in range(first_tile, tl.cdiv(tl.max(end_i), BLOCK_N)):
         j = tile * BLOCK_N + c
-        product = products(
-            q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION
-        )
+        product = products(q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION)
         x, e, visible = tile_scores(
             product, i, j, low_i, end_i, norm_i, queries, keys, key_norm, bias, (stride_b, column_stride_b),
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
@@ -108,28 +110,30 @@ def screen_kernel(
                 better = some & (s > best)
                 best = tl.where(better, s, best)
                 best_column = tl.where(better, column, best_column)
+                here = c[None, :] == at[:, None]
+                top_i = tl.where(better, tl.sum(tl.where(here, x, 0.0), 1), top_i)
                 enough = tl.where(undefined | (best == float("inf")), float("inf"), under(best))
                 # What has been looked at is no more than the best, and as much of a candidate.
-                most = tl.where((c[None, :] == at[:, None]) & some[:, None], enough[:, None], most)
+                most = tl.where(here & some[:, None], enough[:, None], most)
         least = under(best + cut if RULE == "relative" else cut)
         if any_of(~(most < least[:, None]) & (most > float("-inf"))):
             tl.store(tiles + pid.to(tl.int64) * most_tiles + count, tile)
             count += 1
     tl.store(tile_count + pid, count)
     tl.store(top_column + row, tl.where(undefined, UNDEFINED, best_column), mask=exists)
+    tl.store(top + row, tl.where(undefined, 0.0, top_i), mask=exists)
 
 
 @tuned(CONFIGS, KEY, suitable)
 @triton.jit
 def decide_kernel(
     query, key, bias, padding, slopes, low, end, diagonal, cuts, thresholds, exact_scale, query_norm, key_norm,
-    tiles, tile_count, top_column,
+    tiles, tile_count, top_column, top,
     tile_ptr,  # [programs + 1], int64
     kept_tiles,  # [tile_ptr[-1]], int32: of each program those with survivors, and room
     kept_count,  # [programs], int32
     masks,  # [tile_ptr[-1], BLOCK_M], int32: a bit for each key
-    top,  # float32 [batch, heads, queries], and so the rest: what x is taken relative to
-    total,  # the normaliser
+    total,  # the normaliser, float32 [batch, heads, queries], and so the rest
     log_sum,
     slope_out,
     degree,  # int64: survivors
@@ -167,7 +171,7 @@ def decide_kernel(
     best = tl.where(best_column < 0, float("-inf"), best)
     least = best + cut if RULE == "relative" else cut
     surely_under, surely_over = under(least), over(least)
-    top_i = tl.where(best_column < 0, 0.0, best.to(tl.float32))
+    top_i = tl.load(top + row, mask=exists, other=0.0)
     cut_i = cut.to(tl.float32)
     sums, powers = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     number = tl.zeros((BLOCK_M,), tl.int32)
@@ -179,9 +183,7 @@ def decide_kernel(
     for n in range(tl.load(tile_count + pid)):
         tile = tl.load(tiles + n)
         j = tile * BLOCK_N + c
-        product = products(
-            q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION
-        )
+        product = products(q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION)
         x, e, visible = tile_scores(
             product, i, j, low_i, end_i, norm_i, queries, keys, key_norm, bias, (stride_b, column_stride_b),
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
@@ -212,14 +214,14 @@ def decide_kernel(
             count += 1
     tl.store(kept_count + pid, count)
     if WEIGHTING == "softmax":
-        slope_i = tl.zeros((BLOCK_M,), tl.float32)
+        slope_i = 0.0 / sums  # NaN stays
     elif WEIGHTING == "rectified":
         slope_i = 1.0 / sums
     else:
         slope_i = (threshold if RULE == "relative" else tl.exp(cut_i - top_i)) / sums
-    tl.store(top + row, top_i, mask=exists)
     tl.store(total + row, tl.where(sums == 0, 1.0, sums), mask=exists)
-    tl.store(log_sum + row, tl.where(number == 0, float("-inf"), top_i + tl.log(powers)), mask=exists)
+    power = tl.where(top_i == float("inf"), top_i, top_i + tl.log(powers))
+    tl.store(log_sum + row, tl.where(number == 0, float("-inf"), power), mask=exists)
     tl.store(slope_out + row, tl.where(sums == 0, 0.0, slope_i), mask=exists)
     tl.store(degree + row, number.to(tl.int64), mask=exists)
 
@@ -271,10 +273,8 @@ def attend_kernel(
     for n in range(tl.load(kept_count + pid)):
         tile = tl.load(kept_tiles + begin + n)
         j = tile * BLOCK_N + c
-        product = products(
-            q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION
-        )
-        x, e, visible = tile_scores(
+        product = products(q, query, key, i, j, queries, keys, stride_q, stride_k, WIDTH, BLOCK_D, STEP, PRECISION)
+        x, _, _ = tile_scores(
             product, i, j, low_i, end_i, norm_i, queries, keys, key_norm, bias, (stride_b, column_stride_b),
             padding + b.to(tl.int64) * keys, diagonal, slope, scale, error, BIAS, PADDING, ALIBI,
         )  # fmt: skip

@@ -6,10 +6,10 @@ error of 2^-9 of each product (both factors lose at most 2^-10),
 
     |x - s| <= error |q_i| |k_j| + 8 u' (|bias| + |alibi|)  =: e,    error = |scale| ((width + 16) u + 2^-9 if tf32),
 
-by Cauchy-Schwarz; u' = 2^-24. The 16 stand for the scale's rounding, the additions of bias and ALiBi, that of e itself
-and x + e. Norms are rounded upward, and 2^-50 is added to each: so e covers underflow, is never 0 times infinity, and is
+by Cauchy-Schwarz; u' = 2^-24. The 16 stand for the rounding of the scale, of the additions of bias and ALiBi, of e and
+of x + e. Norms are rounded upward, and 2^-50 is added to each: so e covers underflow, is never 0 times infinity, and is
 NaN only where a number of the query, the key or the bias is NaN, that is where the score is undefined for sure. Where
-float32 overflows e or x is not finite, no comparison holds, and the pair counts as undecided: never as dropped.
+float32 overflows e is made infinite, no comparison holds, and the pair counts as undecided: never as dropped.
 
 **Undecided pairs** are few. They are taken one a row at a time, and their scores added up in float64, in which products
 of the given numbers are exact.
@@ -49,7 +49,7 @@ def products(
     q, query, key, i, j, queries, keys, query_stride, key_stride,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q k^T ``[queries, keys]``. Products without tensor cores hold their operands in registers: a few columns a step."""
+    """q k^T ``[queries, keys]``. Products without tensor cores hold operands in registers: a few columns a step."""
     if STEP == BLOCK_D:
         k = rows_of(key, j, keys, key_stride, WIDTH, BLOCK_D)
         return tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -78,6 +78,7 @@ def tile_scores(
     norms = tl.load(key_norm + j, mask=exists, other=0.0)
     e = error * query_norm[:, None] * norms[None, :]
     x = product * scale
+    e = tl.where(x - x == 0, e, e + float("inf"))  # the bound holds where nothing overflowed; NaN stays
     visible = (j[None, :] >= low_i[:, None]) & (j[None, :] < end_i[:, None])
     if PADDING:
         visible = visible & (tl.load(padding + j, mask=exists, other=1) == 0)[None, :]
@@ -105,7 +106,7 @@ def exact_scores(
     BIAS: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Scores in float64 of queries ``i`` and one existing key ``j`` each, ``[queries]``."""
-    CHUNK: tl.constexpr = 16  # ``width`` is no constant, so that the loop is not unrolled: it is rare, and registers are not
+    CHUNK: tl.constexpr = 16  # ``width`` is no constant, so that this rare loop is not unrolled and takes few registers
     rows = query + tl.minimum(i, queries - 1).to(tl.int64)[:, None] * query_stride
     columns = key + j.to(tl.int64)[:, None] * key_stride
     total = tl.zeros((i.shape[0],), tl.float64)
@@ -127,13 +128,15 @@ def exact_scores(
 
 @triton.jit
 def under(number):
-    """A float32 number that is certainly under a float64 one (NaN for infinity: it decides nothing)."""
+    """A float32 number that is certainly not over a float64 one."""
     near = number.to(tl.float32)
+    near = tl.where(near > 3.4e38, 3.4e38, near)
     return near - tl.abs(near) * 2.384185791015625e-07 - 1e-37
 
 
 @triton.jit
 def over(number):
+    """A float32 number that is certainly not under a float64 one, or NaN, which decides nothing."""
     near = number.to(tl.float32)
     return near + tl.abs(near) * 2.384185791015625e-07 + 1e-37
 
