@@ -239,7 +239,7 @@ def attend_launch(given, decided, value, out, support, dropout_p, seed) -> Launc
     more = {
         "values": value.where(finite, 0),
         "value": value,
-        "odd": (~finite.all(-1)).view(torch.uint8),
+        "odd": (~finite.all(-1)).to(torch.int32),
         "out": out,
         "row_ptr": row_ptr,
         "col_idx": col_idx,

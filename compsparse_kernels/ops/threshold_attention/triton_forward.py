@@ -232,7 +232,7 @@ def attend_kernel(
     query, key, bias, padding, slopes, low, end, diagonal, cuts, thresholds, query_norm, key_norm,
     values,  # [batch, kv_heads, keys, VALUE_WIDTH] without what is not finite
     value,  # with it
-    odd,  # [batch, kv_heads, keys], uint8: whether a row differs in these
+    odd,  # [batch, kv_heads, keys], int32: whether a row differs in these
     tile_ptr, kept_tiles, kept_count, masks, top, total, out,
     row_ptr,  # of the support, where SUPPORT; and col_idx, weights
     col_idx,
@@ -301,9 +301,9 @@ def attend_kernel(
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
         # 0 times what is not finite would be NaN: rows of V count for those alone who keep them.
         is_odd = tl.load(odd + j, mask=j < keys, other=0)
-        if tl.max(is_odd.to(tl.int32)) > 0:
+        if tl.max(is_odd) > 0:
             for at in range(BLOCK_N):
-                if tl.sum(tl.where(c == at, is_odd.to(tl.int32), 0)) > 0:
+                if tl.sum(tl.where(c == at, is_odd, 0)) > 0:
                     share = tl.sum(tl.where(c[None, :] == at, w, 0.0), 1)
                     here = tl.sum(tl.where(c[None, :] == at, kept.to(tl.int32), 0), 1) > 0
                     given = tl.load(
