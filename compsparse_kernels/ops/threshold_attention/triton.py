@@ -20,6 +20,7 @@ from compsparse_kernels.ops.triton_launch import Launch, dot_precision, padded
 
 MOST_ROWS, KEYS = 64, 32  # of a tile of scores; a mask has 32 bits
 EXACT_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
+WIDE = 128  # wider heads have as few rows
 GATHERED = 1024  # numbers of the rows that a program of the backward gathers at a time
 SQUEEZED = 2.0**-9  # of a product of numbers rounded to tf32
 
@@ -42,7 +43,7 @@ def threshold_attention_backward(
     of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     of_score = torch.empty_like(weights)
     of_cut = weights.new_empty(query.shape[:3])
-    given = _gathering(query, key, value, scale, dropout_p, seed)
+    given = gathering(query, key, value, scale, dropout_p, seed)
     support = {"row_ptr": row_ptr, "col_idx": col_idx, "weights": weights}
     if of_cut.numel():
         rows_launch(given, grad, key, value, support, slope, rule, weighting, of_score, of_cut, of_query)()
@@ -90,7 +91,7 @@ def keys_launch(given, grad, query, key, support, of_score, of_key, of_value) ->
     return _launch(keys_kernel, given | support | more, owners)
 
 
-def _gathering(query, key, value, scale, dropout_p, seed) -> dict[str, object]:
+def gathering(query, key, value, scale, dropout_p, seed) -> dict[str, object]:
     width, value_width = query.shape[3], value.shape[3]
     block_d, block_v = triton.next_power_of_2(width), triton.next_power_of_2(value_width)
     return {
@@ -274,7 +275,7 @@ def _tiles(query, value_width) -> dict[str, object]:
     width, precision = query.shape[3], dot_precision(query.dtype)
     exact = precision == "ieee"
     block_d, block_v = padded(width), padded(value_width)
-    most_rows = EXACT_ROWS if exact else MOST_ROWS
+    most_rows = EXACT_ROWS if exact or max(block_d, block_v) > WIDE else MOST_ROWS
     return {
         "WIDTH": width,
         "VALUE_WIDTH": value_width,

@@ -34,6 +34,7 @@ CONFIGS = [
     for stages in (3, 2)
     for warps in (4, 8)
 ]
+MOST_SUMS = 32  # of the output, or numbers of the queries, that a thread holds
 KEY = ["WIDTH", "VALUE_WIDTH", "BLOCK_M", "BLOCK_N", "BIAS", "RULE", "PRECISION", "queries", "keys"]
 
 
@@ -43,7 +44,7 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
     wide = max(arguments["STEP"], arguments["BLOCK_V"])
     in_flight = keys * (arguments["STEP"] + arguments["BLOCK_V"]) * arguments["query"].element_size()
     fitting = [one for one in configs if one.num_stages * in_flight + rows * wide * 4 <= shared_memory]
-    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= 64 * 32 * one.num_warps]
+    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= MOST_SUMS * 32 * one.num_warps]
     return few or [max(fitting or configs, key=lambda one: one.num_warps)]
 
 

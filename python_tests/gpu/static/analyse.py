@@ -30,6 +30,7 @@ class Analysis:
     total: Mapping[str, int]  # by kind, see classify
     inner_loop: Loop | None = field(repr=False)
     inner: Mapping[str, int]  # by kind, of the inner loop
+    scalar_spills: int = 0  # of the spills those of scalar registers, to lanes of vector registers
 
     @property
     def backend(self) -> str:
@@ -89,6 +90,7 @@ def _analyse_amd(compiled: Compiled, target: str) -> Analysis:
         registers=used.registers,
         stack=used.stack,
         spills=used.spills,
+        scalar_spills=used.scalar_spills,
         occupancy=occupancy_cdna3(used.registers, metadata.num_warps, metadata.shared),
     )
 
