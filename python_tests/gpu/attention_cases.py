@@ -99,7 +99,7 @@ def shipped(long: bool = False) -> list[AttentionCase]:
 
 @cache
 def launch_of(kernel: str, dtype: str, width: int, tokens: int = TOKENS, **options) -> Launch:
-    """A launch to be compiled. ``options`` are hashable ones of ``op_arguments``, or true for a tensor that is drawn."""
+    """A launch to be compiled. ``options`` are hashable ones of ``op_arguments``, or true for a tensor to be drawn."""
     with float32_precision("ieee" if dtype == "fp32" else "tf32"):
         return _launches(DTYPES[dtype], width, tokens, options)[kernel]
 

@@ -152,10 +152,10 @@ def check(
     assert torch.equal(ours["col_idx"], exact["col_idx"]), f"{case}: other survivors"
     assert ours["out"].dtype == case.dtype and ours["col_idx"].dtype == torch.int32
     narrow = tuple(map(_as_multiplied(case), arguments))
-    dense = dict(zip(RESULTS, _on_support(exact, narrow), strict=True))
+    dense, sizes = _on_support(exact, narrow)
     if case.precision == "tf32":
         dense["out"] = _times_values(case, dense, narrow[2])
-    _compare(case, ours, dense, exact, RESULTS[:1] + RESULTS[3:], {"out": _magnitude(wide)})
+    _compare(case, ours, dense, exact, RESULTS[:1] + RESULTS[3:], _magnitudes(case, wide, exact, sizes))
     if backward:
         grad = case.grad()
         tensors = grad, *arguments[:3]
@@ -193,15 +193,20 @@ def _compare(case, ours, dense, exact, names, magnitudes):
 
 
 def _on_support(exact, arguments):
-    """The reference on the support that float64 has."""
+    """The reference on the support that float64 has, and the size of the largest score kept of each row."""
+    entries = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
+    sizes = torch.zeros(len(exact["row_ptr"]) - 1, dtype=torch.float64)
 
     def kept(scores, *_):
-        entries = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
-        mask = torch.zeros(scores.shape, dtype=torch.bool).flatten(0, 2)
-        return mask.index_put((entries, exact["col_idx"].long()), torch.tensor(True)).view(scores.shape)
+        flat = scores.flatten(0, 2)
+        mask = torch.zeros(flat.shape, dtype=torch.bool)
+        mask.index_put_((entries, exact["col_idx"].long()), torch.tensor(True))
+        if flat.numel():
+            sizes.copy_(flat.abs().masked_fill(~mask, 0).amax(-1))
+        return mask.view(scores.shape)
 
     with mock.patch.object(reference, "_kept", kept):
-        return reference.threshold_attention_support(*arguments)
+        return dict(zip(RESULTS, reference.threshold_attention_support(*arguments), strict=True)), sizes
 
 
 def _times_values(case, dense, value):
@@ -216,10 +221,24 @@ def _times_values(case, dense, value):
     return shares.view(shape) @ value.repeat_interleave(case.heads // case.kv_heads, 1)
 
 
-def _magnitude(wide):
-    """Sums of the sizes of what is added up to an output."""
+def _magnitudes(case, wide, exact, sizes):
+    """Sums of the sizes of what is added up. With scores as large as ``sizes`` a height u is a difference of at most
+
+    u (1 + 2 size)    (u + 2 r U) (1 + 2 size)    u + 4 size    for softmax, shrink, rectified (names of reference.py).
+    """
     given = dict(zip(signature(reference.threshold_attention_support).parameters, wide, strict=True))
-    return reference.threshold_attention(*(given | {"value": given["value"].abs()}).values())
+    rows = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
+    weights, slope = exact["weights"], exact["slope"].flatten()
+    if case.weighting == "rectified":
+        heights = weights + 4 * (slope * sizes)[rows]
+    else:
+        heights = (weights + 2 * slope[rows]) * (1 + 2 * sizes[rows])
+    total = torch.zeros_like(slope).index_add(0, rows, heights)
+    return {
+        "out": reference.threshold_attention(*(given | {"value": given["value"].abs()}).values()),
+        "weights": heights + weights * total[rows],
+        "slope": (slope * (total + 1 + 2 * sizes)).view(exact["slope"].shape),
+    }
 
 
 def _gradient_magnitudes(tensors, arguments, exact, case):
