@@ -47,8 +47,13 @@ _TRITON_OPS = (
     "nm_linear",
     "nm_linear_transposed",
     "nm_sampled",
+    "threshold_attention",
+    "threshold_attention_support",
+    "threshold_attention_backward",
     *_PROXIMAL_OPS,
 )
+_TRITON_RULES = ("relative", "absolute")  # of threshold_attention
+_WIDEST_TRITON_HEAD = 256
 _ANYWHERE = (torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 # Of each backend with kernels: its device, the dtypes each op takes there, and why it is missing here, or None.
@@ -86,8 +91,8 @@ def dtypes_on(device: str, op: str) -> tuple[torch.dtype, ...]:
     return _DTYPES.get((device, op), _ANYWHERE)
 
 
-def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
-    """The reason why a backend can't run an op on these tensors, or None if it can."""
+def why_not(backend: str, op: str, *tensors: torch.Tensor, rule: str | None = None) -> str | None:
+    """The reason why a backend can't run an op (with this ``rule``) on these tensors, or None if it can."""
     if backend == "reference":
         return next((reason for tensor in tensors if (reason := _no_reference(op, tensor))), None)
     device, ops, missing = _KERNELS[backend]
@@ -100,9 +105,20 @@ def why_not(backend: str, op: str, *tensors: torch.Tensor) -> str | None:
             return f"tensors are on {tensor.device.type}"
         if reason := _unfit(tensor, ops[op]):
             return reason
+    if backend == "triton" and op.startswith("threshold_attention"):
+        return _no_triton_attention(tensors, rule)
     if not tensors and device == "cuda" and not torch.cuda.is_available():
         return "there is no GPU here"
     return None
+
+
+def _no_triton_attention(tensors: tuple[torch.Tensor, ...], rule: str | None) -> str | None:
+    if rule is not None and rule not in _TRITON_RULES:
+        return f"rule {rule!r} (has {', '.join(_TRITON_RULES)})"
+    widest = max((tensor.shape[-1] for tensor in tensors if tensor.dim() > 2), default=0)
+    if widest > _WIDEST_TRITON_HEAD:
+        return f"heads {widest} wide (takes at most {_WIDEST_TRITON_HEAD})"
+    return None if tensors or torch.cuda.is_available() else "there is no GPU here"
 
 
 def _no_reference(op: str, tensor: torch.Tensor) -> str | None:
@@ -121,12 +137,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def register_triton(lib: torch.library.Library, op: str, module: str, reference: Callable) -> None:
+def register_triton(
+    lib: torch.library.Library, op: str, module: str, reference: Callable, asked: Callable[..., dict] | None = None
+) -> None:
     """Registers a launcher at key CUDA. ``module`` (with a function named like the op) is imported at the first call;
-    what it has no kernel for runs the reference, as on any device without kernels."""
+    what it has no kernel for runs the reference, as on any device without kernels. ``asked`` makes of the arguments
+    what decides that: ``tensors`` and options of ``why_not``; without it, the first argument does."""
 
     def launch(*arguments):
-        if why_not("triton", op, arguments[0]) is not None:
+        options = asked(*arguments) if asked else {"tensors": arguments[:1]}
+        if why_not("triton", op, *options.pop("tensors"), **options) is not None:
             return reference(*arguments)
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, whatever its tensors'
             return getattr(importlib.import_module(module), op)(*arguments)
@@ -134,13 +154,14 @@ def register_triton(lib: torch.library.Library, op: str, module: str, reference:
     lib.impl(op, launch, "CUDA")
 
 
-def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
+def explain(op: str, *tensors: torch.Tensor, rule: str | None = None) -> dict[str, str]:
     """Each backend of an op, and whether it would run on these tensors: ``"runs"``, ``"available"`` or why not.
 
     Args:
         op: name of an op, such as ``"block_sparse_linear"``; ``"nm_linear"`` and ``"nm_sampled"`` are masked_linear and
             sampled_matmul of a layout of kind nm.
         tensors: the tensors it would get; without any, what this machine has.
+        rule: of threshold_attention, as not every backend has every rule.
 
     Example:
         >>> import torch
@@ -154,13 +175,13 @@ def explain(op: str, *tensors: torch.Tensor) -> dict[str, str]:
     require(op in known, "op", f"one of {', '.join(known)}", repr(op))
     for tensor in tensors:
         require(isinstance(tensor, torch.Tensor), "tensors", "tensors", type(tensor).__name__, TypeError)
-    reasons = {backend: why_not(backend, op, *tensors) for backend in BACKENDS}
+    reasons = {backend: why_not(backend, op, *tensors, rule=rule) for backend in BACKENDS}
     chosen = next((backend for backend in BACKENDS if reasons[backend] is None), None)
     return {backend: "runs" if backend == chosen else reason or "available" for backend, reason in reasons.items()}
 
 
-def check_backend(backend: str | None, op: str, *tensors: torch.Tensor) -> None:
-    """An explicit ``backend=`` runs or says why not."""
+def check_backend(backend: str | None, op: str, *tensors: torch.Tensor, rule: str | None = None) -> None:
+    """An explicit ``backend=`` runs or says why not; ``rule`` as for :func:`explain`."""
     require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)} or None", repr(backend))
-    reason = why_not(backend, op, *tensors)
+    reason = why_not(backend, op, *tensors, rule=rule)
     require(reason is None, "backend", f"one that can run here ({backend} can't)", reason)

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from python_tests.gpu.aot import compile_launch
+from python_tests.gpu.attention_cases import AttentionCase
 from python_tests.gpu.cases import FEATURES, LARGE_BATCH, SMALL_BATCH, Case
 from python_tests.gpu.dag_cases import DagCase
 from python_tests.gpu.nm_cases import NMCase
@@ -28,8 +29,8 @@ from python_tests.gpu.static.golden import golden_row, path_of, write
 from python_tests.gpu.static.roofline import DEVICES, Ceiling, Traffic, ceiling, traffic
 
 EMULATED = ("sm_80", "sm_90")
-GATES = ("tensor_cores", "async_copies", "index_loads", "least_occupancy", "inner_loop")
-AnyCase = Case | DagCase | NMCase | ProximalCase
+GATES = ("tensor_cores", "async_copies", "index_loads", "least_occupancy", "inner_loop", "spilled_scalars")
+AnyCase = Case | DagCase | NMCase | ProximalCase | AttentionCase
 WIDTH = 190
 
 L2_NOTE = """\
@@ -65,8 +66,13 @@ class Emulated:
 def examine(case: AnyCase) -> Static:
     """Compiles a case and reads it."""
     analysis = analyse(case.compiled(), case.target)
-    gates = {name: getattr(case, name) for name in GATES}
+    gates = {name: getattr(case, name) for name in GATES if hasattr(case, name)}
     return Static(case, analysis, cycle_bound(analysis), violations(analysis, **gates))
+
+
+def is_emulated(case: AnyCase) -> bool:
+    """Whether a case takes part in L4."""
+    return case.target in EMULATED and getattr(case, "emulated", True)
 
 
 def emulate(static: Static) -> Emulated:
@@ -138,7 +144,7 @@ def main() -> int:
     console = Console(stderr=True)
     cases = shipped(options.long)
     static = [examine(case) for case in track(cases, "compiling", console=console)]
-    to_run = [row for row in static if row.case.target in EMULATED and row.case in shipped()]
+    to_run = [row for row in static if is_emulated(row.case) and row.case in shipped()]
     emulated = [emulate(row) for row in track(to_run, "emulating", console=console)]
     text = render(static, emulated)
     print(text, end="")

@@ -1,8 +1,8 @@
 """Every kernel that ships, of any op."""
 
-from python_tests.gpu import cases, dag_cases, nm_cases, proximal_cases
+from python_tests.gpu import attention_cases, cases, dag_cases, nm_cases, proximal_cases
 
-ROOMS = (cases, dag_cases, nm_cases, proximal_cases)
+ROOMS = (cases, dag_cases, nm_cases, proximal_cases, attention_cases)
 
 
 def shipped(long: bool = False) -> list:

@@ -130,3 +130,11 @@ def test_no_loop():
     assert violations(without, inner_loop=False) == []
     spilled = replace(without, spills=8)
     assert violations(spilled, inner_loop=False) == ["spills: expected none, got 8"]
+
+
+def test_scalars_that_are_parked_in_vector_registers():
+    parked = replace(analysed(), spills=8, scalar_spills=8)
+    assert violations(parked) == ["spills: expected none, got 8"]
+    assert violations(parked, spilled_scalars=8) == []
+    assert violations(parked, spilled_scalars=7) == ["spills: expected none, got 8"]
+    assert violations(replace(parked, spills=9), spilled_scalars=64) == ["spills: expected none, got 9"]

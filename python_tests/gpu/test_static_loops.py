@@ -1,7 +1,7 @@
 """Innermost loops, on control-flow graphs drawn by hand."""
 
 from python_tests.gpu.static.instruction import Instruction
-from python_tests.gpu.static.loops import innermost_loops
+from python_tests.gpu.static.loops import innermost_loops, outer_loops
 
 
 def program(*lines):
@@ -27,6 +27,14 @@ def test_only_the_inner_of_two_nested_loops():
     code = program("a", "b", "c", "d", "e", "f", "branch 2", "g", "branch 1", "exit")
     (loop,) = innermost_loops(code)
     assert addresses(loop.instructions) == [2, 3, 4, 5, 6]
+
+
+def test_the_outer_of_two_nested_loops_without_the_inner():
+    code = program("a", "b", "c", "d", "e", "f", "branch 2", "g", "branch 9", "h", "branch 1", "exit")
+    (loop,) = outer_loops(code)
+    assert addresses(loop.instructions) == [1, 7, 8, 9, 10]
+    assert addresses(loop.every_time) == [1, 7, 8, 9, 10]
+    assert outer_loops(program("a", "b", "c", "d", "e", "branch 1", "exit")) == []
 
 
 def test_two_loops_side_by_side():

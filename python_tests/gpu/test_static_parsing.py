@@ -140,7 +140,7 @@ def test_amd_kinds():
 
 
 def test_amd_resources():
-    assert amdgcn.parse_resources(AMDGCN) == (120, 24, 7)
+    assert amdgcn.parse_resources(AMDGCN) == (120, 24, 7, 2)
 
 
 @pytest.mark.parametrize(

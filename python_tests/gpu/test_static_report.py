@@ -10,22 +10,23 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from python_tests.gpu import cases, dag_cases, nm_cases, proximal_cases
+from python_tests.gpu import attention_cases, cases, dag_cases, nm_cases, proximal_cases
 from python_tests.gpu.aot import TARGETS, compile_launch
 from python_tests.gpu.cases import DEFAULT, LARGE_BATCH, SMALL_BATCH, Case, least_work
 from python_tests.gpu.ptx import Profile
 from python_tests.gpu.ptx.torch_launch import run_compiled
-from python_tests.gpu.report import EMULATED, emulate, examine, render
+from python_tests.gpu.report import emulate, examine, is_emulated, render
 from python_tests.gpu.shipped import shipped
 from python_tests.gpu.static.roofline import traffic
 
 PRODUCT = Case("forward", "bf16", (64, 64), 8, 3, "sm_80")
 SAMPLED = Case("sampled", "bf16", (64, 64), 4, 3, "sm_80")
-RUN = [case for case in shipped() if case.target in EMULATED]
+RUN = [case for case in shipped() if is_emulated(case)]
 
 
 def test_the_first_choice_of_each_kernel_for_each_target():
-    defaults = (DEFAULT, dag_cases.DEFAULT, nm_cases.DEFAULT, proximal_cases.DEFAULT)
+    rooms = (dag_cases, nm_cases, proximal_cases, attention_cases)
+    defaults = (DEFAULT, *(room.DEFAULT for room in rooms))
     assert len(shipped()) == sum(map(len, defaults)) * len(TARGETS)
     assert len(shipped()) == len({case.name for case in shipped()})
     assert set(shipped()) <= set(shipped(long=True))

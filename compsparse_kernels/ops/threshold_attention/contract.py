@@ -31,6 +31,7 @@ A ``SymInt`` is an int64 to the kernels; to ``torch.compile`` it is a number tha
 
 import torch
 
+from compsparse_kernels.ops.backends import register_triton
 from compsparse_kernels.ops.threshold_attention import reference
 
 lib = torch.library.Library("compsparse", "FRAGMENT")
@@ -60,6 +61,20 @@ for name in _OPS:
     lib.impl(
         f"threshold_attention{name}", getattr(reference, f"threshold_attention{name}"), "CompositeExplicitAutograd"
     )
+
+
+def _asked_of_forward(query, key, value, *options):
+    return {"tensors": (query, key, value), "rule": options[_RULE_AFTER_VALUE]}
+
+
+def _asked_of_backward(grad, query, key, value, *options):
+    return {"tensors": (grad, query, key, value), "rule": options[_RULE_AFTER_SLOPE]}
+
+
+_RULE_AFTER_VALUE, _RULE_AFTER_SLOPE = 8, 5
+for name, asked in (("", _asked_of_forward), ("_support", _asked_of_forward), ("_backward", _asked_of_backward)):
+    op = f"threshold_attention{name}"
+    register_triton(lib, op, f"{__package__}.triton", getattr(reference, op), asked)
 
 
 @torch.library.register_fake("compsparse::threshold_attention", lib=lib)

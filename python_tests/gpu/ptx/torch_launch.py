@@ -15,6 +15,7 @@ CONTAINERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
     torch.float32: torch.int32,
+    torch.float64: torch.int64,
     torch.int32: torch.int32,
     torch.int64: torch.int64,
 }

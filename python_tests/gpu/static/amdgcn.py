@@ -17,6 +17,7 @@ class Resources(NamedTuple):
     registers: int
     stack: int  # bytes of scratch memory
     spills: int  # vector and scalar registers that were spilled
+    scalar_spills: int  # of these the scalar ones
 
 
 def parse_resources(assembly: str) -> Resources:
@@ -24,6 +25,7 @@ def parse_resources(assembly: str) -> Resources:
         registers=_metadata(assembly, "vgpr_count"),  # of the unified file: the accumulation registers are in it
         stack=_metadata(assembly, "private_segment_fixed_size"),
         spills=_metadata(assembly, "vgpr_spill_count") + _metadata(assembly, "sgpr_spill_count"),
+        scalar_spills=_metadata(assembly, "sgpr_spill_count"),
     )
 
 

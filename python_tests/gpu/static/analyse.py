@@ -7,7 +7,7 @@ from python_tests.gpu.aot import TARGETS, Compiled
 from python_tests.gpu.static import amdgcn, sass
 from python_tests.gpu.static.classify import access_bytes, count_kinds, kind
 from python_tests.gpu.static.instruction import Instruction
-from python_tests.gpu.static.loops import Loop, innermost_loops
+from python_tests.gpu.static.loops import Loop, innermost_loops, outer_loops
 from python_tests.gpu.static.occupancy import Occupancy, occupancy, occupancy_cdna3
 
 TILE_BYTES = 16  # of a lane's access to an operand tile that the compiler could align
@@ -30,6 +30,7 @@ class Analysis:
     total: Mapping[str, int]  # by kind, see classify
     inner_loop: Loop | None = field(repr=False)
     inner: Mapping[str, int]  # by kind, of the inner loop
+    scalar_spills: int = 0  # of the spills those of scalar registers, to lanes of vector registers
 
     @property
     def backend(self) -> str:
@@ -89,13 +90,14 @@ def _analyse_amd(compiled: Compiled, target: str) -> Analysis:
         registers=used.registers,
         stack=used.stack,
         spills=used.spills,
+        scalar_spills=used.scalar_spills,
         occupancy=occupancy_cdna3(used.registers, metadata.num_warps, metadata.shared),
     )
 
 
 def _common(compiled: Compiled, target: str, instructions: list[Instruction]) -> dict:
     backend = TARGETS[target].backend
-    inner_loop = _main_loop(innermost_loops(instructions), backend)
+    inner_loop = _main_loop(innermost_loops(instructions), outer_loops(instructions), backend)
     return {
         "kernel": compiled.kernel.metadata.name,
         "target": target,
@@ -108,10 +110,15 @@ def _common(compiled: Compiled, target: str, instructions: list[Instruction]) ->
     }
 
 
-def _main_loop(loops: list[Loop], backend: str) -> Loop | None:
-    """The one with most tensor-core instructions; the longest of those that tie."""
+def _main_loop(innermost: list[Loop], outer: list[Loop], backend: str) -> Loop | None:
+    """The one with most tensor-core instructions; the longest of those that tie. A loop around rare loops is the main
+    one where no innermost one has such instructions."""
 
     def weight(loop: Loop) -> tuple[int, int]:
         return count_kinds(loop.instructions, backend)["tensor core"], len(loop.instructions)
 
-    return max(loops, key=weight, default=None)
+    found = max(innermost, key=weight, default=None)
+    around = max(outer, key=weight, default=None)
+    if around is not None and weight(around)[0] > 0 and weight(found)[0] == 0:
+        return around
+    return found

@@ -1,4 +1,4 @@
-"""The innermost loops of a kernel: natural loops of its control-flow graph.
+"""The loops of a kernel, and which are innermost: natural loops of its control-flow graph.
 
 An address range would not do: on sm_100 the waits for a copy or a product are small loops behind the kernel's end that
 jump back into the middle of the main loop.
@@ -26,16 +26,28 @@ class Loop:
 
 def innermost_loops(instructions: list[Instruction]) -> list[Loop]:
     """Loops that contain no other; loops that only wait count as part of what surrounds them."""
+    return [loop for loop, contains_others in _loops(instructions) if not contains_others]
+
+
+def outer_loops(instructions: list[Instruction]) -> list[Loop]:
+    """Loops that contain others, each without what those contain."""
+    return [loop for loop, contains_others in _loops(instructions) if contains_others]
+
+
+def _loops(instructions: list[Instruction]) -> list[tuple[Loop, bool]]:
+    """Each loop without those that it contains, and whether there are any."""
     blocks = _basic_blocks(instructions)
     graph = _control_flow(blocks)
     dominators = _dominators(graph, instructions[0].address)
     bodies = _natural_loops(graph, dominators)
     working = {header: body for header, body in bodies.items() if _length(body, blocks) >= SHORTEST}
-    return [
-        Loop(_listed(body, blocks), _listed(_every_time(header, body, graph, dominators), blocks))
-        for header, body in sorted(working.items())
-        if not any(other in body for other in working if other != header)
-    ]
+    found = []
+    for header, body in sorted(working.items()):
+        others = [working[other] for other in working if other != header and other in body]
+        own = body.difference(*others)
+        every_time = own & _every_time(header, body, graph, dominators)
+        found.append((Loop(_listed(own, blocks), _listed(every_time, blocks)), bool(others)))
+    return found
 
 
 def _basic_blocks(instructions: list[Instruction]) -> dict[int, list[Instruction]]:

@@ -1,0 +1,138 @@
+"""The kernels of thresholded attention, as the ladder compiles and runs them: kernel, dtype, width, configuration."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+import triton
+
+from compsparse_kernels.ops.threshold_attention import triton as kernels
+from compsparse_kernels.ops.triton_launch import MOST_REGISTERS, Launch
+from python_tests.attention import op_arguments
+from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
+from python_tests.gpu.cases import DTYPES, shared_memory_of
+
+TOKENS, HEADS, KV_HEADS = 1024, 4, 2
+FORWARD, BACKWARD = ("screen", "decide", "attend"), ("rows", "keys")
+WIDTHS = (16, 64, 100, 128, 256)
+DEFAULT = (
+    ("screen", "bf16", 64),
+    ("decide", "tf32", 64),
+    ("attend", "fp16", 128),
+    ("rows", "bf16", 64),
+    ("keys", "fp32", 64),
+)
+PLAIN = {"rule": "relative", "threshold": 0.1}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A kernel on heads whose width is also that of the values."""
+
+    kernel: str
+    dtype: str
+    width: int
+    num_warps: int
+    num_stages: int
+    target: str
+    least_occupancy = 0.0
+    emulated = False  # at L4: what a kernel reads depends on what survives
+
+    @property
+    def op(self) -> str:
+        return "threshold_attention" if self.kernel in FORWARD else "threshold_attention_backward"
+
+    @property
+    def name(self) -> str:
+        config = f"w{self.num_warps}s{self.num_stages}"
+        return f"attention-{self.kernel}-{self.dtype}-{self.width}-{config}-{self.target}"
+
+    @property
+    def config(self) -> triton.Config:
+        return triton.Config({}, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=MOST_REGISTERS)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """The backward gathers rows, each for one entry: a product with nothing to share."""
+        return self.kernel in FORWARD and self.dtype != "fp32"
+
+    @property
+    def inner_loop(self) -> bool:
+        return True
+
+    @property
+    def async_copies(self) -> bool:
+        """Operands of exact float32 products pass through registers anyhow; rows whose length is no multiple of 16
+        bytes can't be copied so; tf32 operands of the product with V lie across the summed dimension, which wgmma and
+        tcgen05 don't take. For sm_100 the compiler reads the queries again in each step of the screen and of decide."""
+        turned = self.kernel == "attend" and self.dtype == "tf32" and self.target in ("sm_90", "sm_100")
+        reread = self.kernel in ("screen", "decide") and self.target == "sm_100"
+        aligned = self.width * DTYPES[self.dtype].itemsize % 16 == 0
+        return self.tensor_cores and aligned and not turned and not reread
+
+    @property
+    def index_loads(self) -> int:
+        """A mask for each row that a thread has where it stores the support."""
+        return 20 if self.kernel == "attend" else 4
+
+    @property
+    def spilled_scalars(self) -> int:
+        """On gfx942 what the loops don't need (strides, bounds) is parked in lanes of a vector register."""
+        return 64 if self.target == "gfx942" else 0
+
+    def launch(self) -> Launch:
+        """The numbers in its tensors are whatever lies in memory: it is to be compiled only."""
+        return launch_of(self.kernel, self.dtype, self.width)
+
+    def compiled(self) -> Compiled:
+        return compile_launch(self.launch(), self.config, self.target)
+
+
+def shipped(long: bool = False) -> list[AttentionCase]:
+    """Every width, dtype and configuration that a target's autotuner would try; or a few, first choices only."""
+    if not long:
+        return [_cases(*kernel, target)[0] for kernel in DEFAULT for target in TARGETS]
+    every = product(FORWARD + BACKWARD, DTYPES, WIDTHS, TARGETS)
+    return [case for one in every for case in _cases(*one)]
+
+
+@cache
+def launch_of(kernel: str, dtype: str, width: int, tokens: int = TOKENS, **options) -> Launch:
+    """A launch to be compiled. ``options`` are hashable ones of ``op_arguments``, or true for a tensor to be drawn."""
+    with float32_precision("ieee" if dtype == "fp32" else "tf32"):
+        return _launches(DTYPES[dtype], width, tokens, options)[kernel]
+
+
+def _launches(dtype: torch.dtype, width: int, tokens: int, options: dict) -> dict[str, Launch]:
+    query, grad = (torch.empty(1, HEADS, tokens, width, dtype=dtype) for _ in range(2))
+    key, value = (torch.empty(1, KV_HEADS, tokens, width, dtype=dtype) for _ in range(2))
+    drawn = {
+        "attn_bias": lambda: torch.empty(1, HEADS, tokens, tokens, dtype=dtype),
+        "key_padding_mask": lambda: torch.zeros(1, tokens, dtype=torch.bool),
+        "alibi_slopes": lambda: torch.empty(HEADS),
+    }
+    chosen = PLAIN | {name: drawn[name]() if name in drawn else value for name, value in options.items()}
+    arguments = op_arguments(query, key, value, **chosen)
+    given = kernels.scoring(*arguments[:9], *arguments[10:18])
+    screen = kernels.screen_launch(given)
+    screen.arguments["tile_count"].zero_()
+    found = {name: screen.arguments[name] for name in ("tiles", "tile_count", "top_column", "top")}
+    rows = torch.empty(query.shape[:3])
+    decide = kernels.decide_launch(given, found, rows, rows.clone())
+    row_ptr = torch.zeros(rows.numel() + 1, dtype=torch.int64)
+    support = {"row_ptr": row_ptr, "col_idx": torch.zeros(64, dtype=torch.int32), "weights": torch.empty(64)}
+    row_ptr[-1] = 64
+    dropout = arguments[18:]
+    attend = kernels.attend_launch(given, decide.arguments, value, grad, tuple(support.values()), *dropout)
+    narrow = kernels.gathering(query, key, value, arguments[17], *dropout)
+    scores, choice = torch.empty(64), arguments[11:13]
+    by_rows = kernels.rows_launch(narrow, grad, key, value, support, rows, *choice, scores, rows.clone(), query)
+    by_keys = kernels.keys_launch(narrow, grad, query, key, support, scores, key, value)
+    return dict(zip(FORWARD + BACKWARD, (screen, decide, attend, by_rows, by_keys), strict=True))
+
+
+def _cases(kernel: str, dtype: str, width: int, target: str) -> list[AttentionCase]:
+    launch = launch_of(kernel, dtype, width)
+    configs = kernels.suitable(launch.kernel.configs, launch.arguments, shared_memory_of(target))
+    return [AttentionCase(kernel, dtype, width, one.num_warps, one.num_stages, target) for one in configs]
