@@ -19,7 +19,7 @@ constexpr Kernels avx512 = {"avx512",          &block_sparse_avx512, &masked_avx
 Kernels avx512_bf16() {
   static const BlockSparseTable table = {block_sparse_avx512.f32, block_sparse_avx512.f64, block_sparse_avx512_bf16,
                                          block_sparse_avx512.f16};
-  static const AttentionTable attention = {attention_avx512_vnni, attention_avx512.f64};
+  static const AttentionTable attention = {attention_avx512_bf16, attention_avx512.f64};
   return {"avx512_bf16", &table, &masked_avx512, &dag_avx512, &attention, &nm_avx512, &proximal_avx512};
 }
 

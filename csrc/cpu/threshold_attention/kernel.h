@@ -103,7 +103,7 @@ void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t
     const uint32_t bits = keeps(some, j);
     store<T, L>(scores + j, keep_lanes<T, L>(some, bits));
     if (scratch.with_support) compress_columns<L>(int32_t(begin + j), bits, columns + kept);
-    kept += __builtin_popcount(bits);
+    kept += count_bits(bits);
   }
   const RowSums<T> sums = weigh<T, L>(a, q, scores, seen, q.from_top ? q.top : largest_of(scores, seen));
   for (int64_t j = round_up(seen, L); j < count; ++j) scores[j] = 0;
@@ -163,7 +163,7 @@ double sampled_share(const Attention<T>& a, const T* packed, const QueryState<T>
     const T least = T((rows[r].from_top ? double(top) : 0) + rows[r].cut);
     for (int64_t s = 0; s < Samples; ++s) {
       for (int64_t j = 0; j < counts[s]; j += L)
-        found += __builtin_popcount(not_below<T, L>(load<T, L>(scores + s * P + j), least));
+        found += count_bits(not_below<T, L>(load<T, L>(scores + s * P + j), least));
       seen += counts[s];
     }
   }

@@ -140,6 +140,6 @@ constexpr int64_t index_panel_keys = 64;
 constexpr int64_t index_panel_bytes(int64_t width) { return index_panel_keys * ((width + 3) / 4 * 4 + 4) + 64; }
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
-extern const AttentionKernels<float> attention_avx512_vnni;
+extern const AttentionKernels<float> attention_avx512_bf16;
 
 }  // namespace compsparse

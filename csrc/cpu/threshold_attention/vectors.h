@@ -26,6 +26,16 @@ COMPSPARSE_INLINE Vec<T, L / 2> upper_half(Vec<T, L> v) {
   if constexpr (L == 2) return __builtin_shufflevector(v, v, 1);
 }
 
+COMPSPARSE_INLINE int count_bits(uint32_t bits) {
+#if defined(__POPCNT__)
+  return __builtin_popcount(bits);
+#else
+  int number = 0;
+  for (; bits; bits &= bits - 1) ++number;
+  return number;
+#endif
+}
+
 // A fixed tree: lane i is added to lane i + L / 2.
 template <typename T, int L>
 COMPSPARSE_INLINE T sum_lanes(Vec<T, L> v) {
