@@ -1,7 +1,13 @@
 // What one core can do, for benchmarks.profile: products a second from registers, and bytes a second from wherever a
 // buffer of a given size lies. Compiled when it is asked for, with the flags of the instruction set.
-#include <immintrin.h>
 #include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define VECTOR_REGISTER "+x"
+#else
+#define VECTOR_REGISTER "+w"
+#endif
 
 namespace {
 
@@ -16,7 +22,7 @@ constexpr int lanes = 4;
 typedef float Vec __attribute__((vector_size(4 * lanes), aligned(4)));
 
 // Keeps the compiler from knowing what a register holds.
-inline void hide(Vec& v) { __asm__ volatile("" : "+x"(v)); }
+inline void hide(Vec& v) { __asm__ volatile("" : VECTOR_REGISTER(v)); }
 
 template <class Step>
 double products(int64_t steps, const Step& step) {

@@ -31,9 +31,12 @@ struct Pairs : Target<BFloat16, 16, 24, 4> {
   // of 16 are a third slower. Narrower vectors don't mind.
   template <int L>
   static COMPSPARSE_INLINE Vec<float, L> multiply_add_once(Vec<float, L> a, const float* b, Vec<float, L> sum) {
-    if constexpr (L != 16) return multiply_add<L>(a, *b, sum);
-    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
-    return sum;
+    if constexpr (L == 16) {
+      __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+      return sum;
+    } else {
+      return multiply_add<L>(a, *b, sum);
+    }
   }
 
   template <int L>
