@@ -19,7 +19,7 @@ from compsparse_kernels.ops.threshold_attention.triton_forward import attend_ker
 from compsparse_kernels.ops.triton_launch import Launch, dot_precision, padded
 
 MOST_ROWS, KEYS = 64, 32  # of a tile of scores; a mask has 32 bits
-EXACT_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
+FEW_ROWS, EXACT_STEP = 32, 32  # where products are exact float32: registers hold the operands
 WIDE = 128  # wider heads have as few rows
 GATHERED = 1024  # numbers of the rows that a program of the backward gathers at a time
 SQUEEZED = 2.0**-9  # of a product of numbers rounded to tf32
@@ -275,7 +275,9 @@ def _tiles(query, value_width) -> dict[str, object]:
     width, precision = query.shape[3], dot_precision(query.dtype)
     exact = precision == "ieee"
     block_d, block_v = padded(width), padded(value_width)
-    most_rows = EXACT_ROWS if exact or max(block_d, block_v) > WIDE else MOST_ROWS
+    aligned = width == block_d and value_width == block_v  # else each number has an address of its own, in registers
+    wide = max(block_d, block_v) > (WIDE if aligned else WIDE // 2)
+    most_rows = FEW_ROWS if exact or wide else MOST_ROWS
     return {
         "WIDTH": width,
         "VALUE_WIDTH": value_width,

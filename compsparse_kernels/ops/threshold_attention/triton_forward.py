@@ -44,7 +44,9 @@ def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) 
     wide = max(arguments["STEP"], arguments["BLOCK_V"])
     in_flight = keys * (arguments["STEP"] + arguments["BLOCK_V"]) * arguments["query"].element_size()
     fitting = [one for one in configs if one.num_stages * in_flight + rows * wide * 4 <= shared_memory]
-    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= MOST_SUMS * 32 * one.num_warps]
+    most = MOST_SUMS // (2 if arguments["PRECISION"] == "ieee" else 1)  # whose products hold operands in registers
+    most = most // 4 if arguments.get("DROPOUT") else most  # four words of Philox for each score
+    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= most * 32 * one.num_warps]
     return few or [max(fitting or configs, key=lambda one: one.num_warps)]
 
 
@@ -270,7 +272,14 @@ def attend_kernel(
     c = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_V)
     begin = tl.load(tile_ptr + pid)
-    entry = tl.load(row_ptr + row, mask=exists, other=0) if SUPPORT else row
+    if SUPPORT:
+        # Places are counted from the first row's on: those of a program's rows fit in 32 bits.
+        base = tl.load(row_ptr + (b * heads + h).to(tl.int64) * queries + pid % tl.cdiv(queries, BLOCK_M) * BLOCK_M)
+        entry = (tl.load(row_ptr + row, mask=exists, other=0) - base).to(tl.int32)
+        col_idx += base
+        weights += base
+    else:
+        entry = i
     for n in range(tl.load(kept_count + pid)):
         tile = tl.load(kept_tiles + begin + n)
         j = tile * BLOCK_N + c

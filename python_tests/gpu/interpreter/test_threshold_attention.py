@@ -262,7 +262,7 @@ def test_no_order_of_programs_changes_a_bit():
 def test_no_size_of_a_tile_changes_the_support(rows, keys, monkeypatch):
     case = replace(SMALL, queries=40, heads=1, kv_heads=1, integers=True, threshold=0.3)
     usual = check(case, interpreted())
-    monkeypatch.setattr(kernels, "EXACT_ROWS", rows)
+    monkeypatch.setattr(kernels, "FEW_ROWS", rows)
     monkeypatch.setattr(kernels, "KEYS", keys)
     other = check(case, interpreted())
     assert torch.equal(usual["row_ptr"], other["row_ptr"]) and torch.equal(usual["col_idx"], other["col_idx"])
