@@ -356,6 +356,18 @@ def test_stats_of_nested_inputs(layout):
     assert stats.share_kept == pytest.approx(kept / (HEADS * sum(n * n for n in LENGTHS)))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "mahalanobis"}, {"score": "mahalanobis", "rule": "absolute"}], ids=str
+)
+def test_stats_after_autocast(options):
+    """The op computes in float32 there, and so do they, wherever they are asked for."""
+    module, x = attention(torch.float32, threshold=0.3 if "rule" not in options else -1.0, **options), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x.float(), x.float(), x.float(), need_weights=False)
+        kept = module.support(x.float())
+    assert module.stats().share_kept == pytest.approx(kept.share_kept) and 0 < kept.share_kept < 1
+
+
 def test_what_stats_keep():
     module, x = attention(threshold=0.4), tokens()
     with pytest.raises(ValueError, match=r"track_stats: expected True and a forward pass .*, got True and none"):
