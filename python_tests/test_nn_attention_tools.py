@@ -249,7 +249,7 @@ LEARNED = {"shrink": True, "learn_threshold": True}
             "model: expected rules relative or absolute, got 'topk'",
         ),
         (
-            lambda: support_graph(torch.compile(attention(), backend="eager"), tokens()),
+            lambda: support_graph(torch.compile(attention(), backend="eager"), (tokens(),) * 3),
             ValueError,
             "model: expected one that is not compiled, got a compiled one",
         ),
