@@ -356,7 +356,7 @@ def mha(**options):
         (
             lambda: ThresholdAttention(24, 2, dropout=1.0),
             ValueError,
-            r"dropout_p: expected a number in \[0, 1\), got 1",
+            r"dropout: expected a number in \[0, 1\), got 1",
         ),
         (lambda: ThresholdAttention(24, 2, add_bias_kv=True), ValueError, "add_bias_kv: expected False"),
         (lambda: ThresholdAttention(24, 2, add_zero_attn=True), ValueError, "add_zero_attn: expected False"),

@@ -183,12 +183,12 @@ def test_mahalanobis_scores_are_distances(mask):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (output, expected)))
 
 
-@pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("weighting", ["softmax", "shrink", "rectified"])
+@pytest.mark.parametrize(
+    "weighting, learn",
+    [("softmax", False), ("shrink", False), ("shrink", True), ("rectified", False), ("rectified", True)],
+)
 def test_absolute_thresholds_of_distances(weighting, learn):
     """The support is a ball: -scale |q - k|^2 / 2 >= threshold, with the queries' norms in it."""
-    if learn and weighting == "softmax":
-        pytest.skip("softmax weights have no gradient to the threshold")
     threshold = -1.2
     choice = {"softmax": {}, "shrink": {"shrink": True}, "rectified": {"weights": "rectified"}}[weighting]
     options = {"rule": "absolute", "threshold": threshold, "learn_threshold": learn, **choice}
@@ -354,6 +354,18 @@ def test_stats_of_nested_inputs(layout):
     module(x, x, x, need_weights=False)
     stats, kept = module.stats(), sum(module.support(part).nnz for part in parts)
     assert stats.share_kept == pytest.approx(kept / (HEADS * sum(n * n for n in LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "mahalanobis"}, {"score": "mahalanobis", "rule": "absolute"}], ids=str
+)
+def test_stats_after_autocast(options):
+    """The op computes in float32 there, and so do they, wherever they are asked for."""
+    module, x = attention(torch.float32, threshold=0.3 if "rule" not in options else -1.0, **options), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x.float(), x.float(), x.float(), need_weights=False)
+        kept = module.support(x.float())
+    assert module.stats().share_kept == pytest.approx(kept.share_kept) and 0 < kept.share_kept < 1
 
 
 def test_what_stats_keep():

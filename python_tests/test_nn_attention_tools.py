@@ -248,6 +248,11 @@ LEARNED = {"shrink": True, "learn_threshold": True}
             ValueError,
             "model: expected rules relative or absolute, got 'topk'",
         ),
+        (
+            lambda: support_graph(torch.compile(attention(), backend="eager"), (tokens(),) * 3),
+            ValueError,
+            "model: expected one that is not compiled, got a compiled one",
+        ),
         (lambda: support_graph(attention(), tokens(), example=3), ValueError, "example: expected one of 3, from 0 on"),
         (lambda: support_graph(attention(), tokens(), head=2), ValueError, "head: expected None, or one of 2, from 0"),
         (lambda: support_graph(attention(), tokens(), head="x"), TypeError, "head: expected an int, got str"),

@@ -147,6 +147,7 @@ def draw(figure, results: Sequence[SeedResult]) -> None:
             left.plot(list(sweeps[0]), medians, **look, label=f"{name}, T={tokens}")
     left.set_xscale("log")
     left.set_ylim(0, 1.05)
+    left.set_xlabel("relative threshold", fontsize=8)
     left.set_title("parents among the keys kept, by threshold", fontsize=9)
     for number, arm in enumerate(ARMS):
         curves = [result.details["characters"][arm]["training"] for result in results]
@@ -161,6 +162,7 @@ def draw(figure, results: Sequence[SeedResult]) -> None:
         places = [layer + 0.4 * (number - 1.5) for layer in range(len(heights))]
         right.bar(places, heights, 0.36, color=f"C{number}", label=arm)
         right.set_xticks(range(len(heights)), [f"layer {layer + 1}" for layer in range(len(heights))])
+    right.set_ylim(0, 1.25)  # room for the legend
     right.set_title("characters: share of the past kept", fontsize=9)
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)

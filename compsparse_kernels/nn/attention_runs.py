@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from compsparse_kernels.layouts.checks import require
 from compsparse_kernels.nn.attention_stats import Attended
 from compsparse_kernels.nn.threshold_attention import ThresholdAttention
 from compsparse_kernels.nn.threshold_schedule import attentions_of
@@ -20,10 +21,10 @@ def watched(model: nn.Module, watch: Watcher):
     modules = attentions_of(model)
     before = [(module, module.track_stats, module._last) for module in modules]
     training = [(module, module.training) for module in model.modules()]
-    hooks = [module.register_forward_hook(lambda module, *_: watch(module, module._last)) for module in modules]
+    hooks = [module.register_forward_hook(lambda module, *_: watch(module, _call_of(module))) for module in modules]
     model.eval()
     for module in modules:
-        module.track_stats = True
+        module.track_stats, module._last = True, None
     try:
         with torch.no_grad():
             yield modules
@@ -34,6 +35,11 @@ def watched(model: nn.Module, watch: Watcher):
             module.training = mode
         for module, tracks, last in before:
             module.track_stats, module._last = tracks, last
+
+
+def _call_of(module):
+    require(module._last is not None, "model", "one that is not compiled", "a compiled one")
+    return module._last
 
 
 def run(model: nn.Module, inputs) -> None:

@@ -38,11 +38,13 @@ class Attended:
     key: torch.Tensor
     options: dict
     is_self: bool
+    autocast: bool  # then the op computes in float32, whatever the dtype of query and key
 
     @classmethod
     def of(cls, query, key, options, is_self):
         kept = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        return cls(query.detach(), key.detach(), kept | {"dropout_p": 0.0, "index": None}, is_self)
+        autocast = torch.is_autocast_enabled(query.device.type)
+        return cls(query.detach(), key.detach(), kept | {"dropout_p": 0.0, "index": None}, is_self, autocast)
 
     def example(self, number: int) -> "Attended":
         """The same call for one element of the batch."""
@@ -51,13 +53,15 @@ class Attended:
             x = options[name]
             if isinstance(x, torch.Tensor) and x.dim() == dimensions and len(x) > 1:
                 options[name] = x[number : number + 1]
-        return Attended(self.query[number : number + 1], self.key[number : number + 1], options, self.is_self)
+        query, key = self.query[number : number + 1], self.key[number : number + 1]
+        return Attended(query, key, options, self.is_self, self.autocast)
 
     @torch.no_grad()
     def support(self, **changed) -> AttentionSupport:
         """With other options if given. The values do not matter to it: one column of the keys stands for them."""
         options = self.options | changed
-        return threshold_attention(self.query, self.key, self.key[..., :1], **options, return_support=True)[1]
+        with torch.autocast(self.query.device.type, enabled=self.autocast):
+            return threshold_attention(self.query, self.key, self.key[..., :1], **options, return_support=True)[1]
 
     def every_key(self) -> AttentionSupport:
         """The support that keeps all there is to keep: the weights are those of softmax attention."""
