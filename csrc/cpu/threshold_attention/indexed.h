@@ -179,44 +179,10 @@ inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& str
   return found;
 }
 
-// The sums of four vectors, each in the same order.
-inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // of a b c d, in each 128 bits
-  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
-
-// dots[e] = x . rows[columns[e]], four at a time; the last few together with repeats of one of them.
-inline void dots_of_four(const float* rows, int64_t stride, int64_t width, const int32_t* columns, int64_t count,
-                         const float* x, float* dots) {
-  const auto last = __mmask16((1u << width % kIndexLanes) - 1);
-  for (int64_t e = 0; e < count; e += 4) {
-    const float* row[4];
-    COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) row[i] = rows + columns[min64(e + i, count - 1)] * stride;
-    __m512 acc[4];
-    COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] = _mm512_setzero_ps();
-    int64_t d = 0;
-    for (; d + kIndexLanes <= width; d += kIndexLanes) {
-      const __m512 some = _mm512_loadu_ps(x + d);
-      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] = _mm512_fmadd_ps(some, _mm512_loadu_ps(row[i] + d), acc[i]);
-    }
-    if (last) {
-      const __m512 some = _mm512_maskz_loadu_ps(last, x + d);
-      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] =
-          _mm512_fmadd_ps(some, _mm512_maskz_loadu_ps(last, row[i] + d), acc[i]);
-    }
-    _mm_storeu_ps(dots + e, four_sums(acc[0], acc[1], acc[2], acc[3]));  // the buffer has room for a whole last vector
-  }
-}
-
 inline void score_candidates(const Attention<float>& a, const QueryState<float>& q, const float* scaled,
                              const int32_t* columns, int64_t count, float* scores) {
   const float* keys = a.key.head(q.b, q.h / (a.size.heads / a.size.kv_heads));
-  dots_of_four(keys, a.key.stride, a.size.width, columns, count, scaled, scores);
+  gather_dots<float, kIndexLanes>(keys, a.key.stride, a.size.width, columns, count, scaled, scores);
   if (a.bias) {
     const float* bias = a.bias + bias_offset(a, q);
     for (int64_t e = 0; e < count; ++e) scores[e] += bias[columns[e] * a.bias_strides[3]];

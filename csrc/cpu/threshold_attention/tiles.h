@@ -124,23 +124,7 @@ void add_products(const T* weights, int64_t stride, int64_t rows, int64_t keys, 
 // scores[j] = query . rows[j] for rows side by side
 template <typename T, int L>
 void direct_scores(const T* query, int64_t width, const T* rows, int64_t stride, int64_t count, T* scores) {
-  constexpr int Group = 4;  // so that their chains of additions overlap
-  int64_t j = 0;
-  for (; j + Group <= count; j += Group, rows += Group * stride) {
-    Vec<T, L> acc[Group] = {};
-    int64_t d = 0;
-    for (; d + L <= width; d += L) {
-      const Vec<T, L> some = load<T, L>(query + d);
-      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += some * load<T, L>(rows + i * stride + d);
-    }
-    if (d < width) {
-      const Vec<T, L> some = load_partial<T, L>(query + d, width - d);
-      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] +=
-          some * load_partial<T, L>(rows + i * stride + d, width - d);
-    }
-    COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) scores[j + i] = sum_lanes<T, L>(acc[i]);
-  }
-  for (; j < count; ++j, rows += stride) scores[j] = dot<T, L>(query, rows, width);
+  dots_by_fours<T, L>(width, count, query, scores, [&](int64_t j) { return rows + j * stride; });
 }
 
 }  // namespace

@@ -225,26 +225,58 @@ COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   return sum_lanes<T, L>(acc);
 }
 
-// dots[e] = x . rows[columns[e]]; several at a time, so that their chains of additions overlap.
+// to[i] = the sum over the lanes of v[i], i < 4, each in the same order.
+template <typename T, int L>
+COMPSPARSE_INLINE void sums_of_four(const Vec<T, L>* v, T* to) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4 && L == 16) {
+    const auto pairs = [](__m512 a, __m512 b) {
+      return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    };
+    const __m512d ab = pairs((__m512)v[0], (__m512)v[1]), cd = pairs((__m512)v[2], (__m512)v[3]);
+    const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                 high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    const __m512 quarters = _mm512_add_ps(low, high);  // of v[0] v[1] v[2] v[3], in each 128 bits
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    return;
+  }
+#endif
+  COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) to[i] = sum_lanes<T, L>(v[i]);
+}
+
+// dots[e] = x . row_of(e), all in the same order: four at a time, so that their chains of additions overlap, the last
+// few together with repeats of one of them.
+template <typename T, int L, class RowOf>
+COMPSPARSE_INLINE void dots_by_fours(int64_t width, int64_t count, const T* x, T* dots, const RowOf& row_of) {
+  for (int64_t e = 0; e < count; e += 4) {
+    const T* row[4];
+    COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) row[i] = row_of(e + i < count ? e + i : count - 1);
+    Vec<T, L> acc[4] = {};
+    int64_t d = 0;
+    for (; d + L <= width; d += L) {
+      const Vec<T, L> some = load<T, L>(x + d);
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] += some * load<T, L>(row[i] + d);
+    }
+    if (d < width) {
+      const Vec<T, L> some = load_partial<T, L>(x + d, width - d);
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] += some * load_partial<T, L>(row[i] + d, width - d);
+    }
+    if (e + 4 <= count) {
+      sums_of_four<T, L>(acc, dots + e);
+    } else {
+      T last[4];
+      sums_of_four<T, L>(acc, last);
+      for (int64_t i = 0; e + i < count; ++i) dots[e + i] = last[i];
+    }
+  }
+}
+
+// dots[e] = x . rows[columns[e]]
 template <typename T, int L>
 void gather_dots(const T* rows, int64_t stride, int64_t width, const int32_t* columns, int64_t count, const T* x,
                  T* dots) {
-  constexpr int Group = 4;
-  int64_t e = 0;
-  for (; e + Group <= count; e += Group) {
-    Vec<T, L> acc[Group] = {};
-    const T* row[Group];
-    COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) row[i] = rows + columns[e + i] * stride;
-    int64_t d = 0;
-    for (; d + L <= width; d += L)
-      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += load<T, L>(x + d) * load<T, L>(row[i] + d);
-    if (d < width) {
-      const Vec<T, L> some = load_partial<T, L>(x + d, width - d);
-      COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) acc[i] += some * load_partial<T, L>(row[i] + d, width - d);
-    }
-    COMPSPARSE_UNROLL for (int i = 0; i < Group; ++i) dots[e + i] = sum_lanes<T, L>(acc[i]);
-  }
-  for (; e < count; ++e) dots[e] = dot<T, L>(x, rows + columns[e] * stride, width);
+  dots_by_fours<T, L>(width, count, x, dots, [&](int64_t e) { return rows + columns[e] * stride; });
 }
 
 }  // namespace
