@@ -392,6 +392,23 @@ def test_compiles_with_everything():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "padding", "causal"])
+def test_compiles_for_any_length(kind):
+    """Sizes that are free, as torch.compile makes them by itself at the second length it meets."""
+    module = attention(threshold=0.3)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (7, 9, 12):
+        x = tokens(count).detach()
+        hidden = torch.ones(count, count, dtype=torch.bool).triu(1)
+        padding = torch.zeros(BATCH, count, dtype=torch.bool)
+        padding[:, 5:] = True
+        added = torch.zeros(count, count, dtype=torch.float64).masked_fill(hidden, -math.inf)
+        masks = {"bool": {"attn_mask": hidden}, "float": {"attn_mask": added}, "causal": {"is_causal": True}}
+        masks = (masks | {"padding": {"key_padding_mask": padding}})[kind]
+        outputs = [each(x, x, x, need_weights=False, **masks)[0] for each in (module, compiled)]
+        torch.testing.assert_close(*outputs)
+
+
 # ---- errors
 
 

@@ -77,28 +77,30 @@ def add_bias(bias, added):
 
 def _check_mask(name, mask, shapes):
     ok = isinstance(mask, torch.Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
-    ok = ok and tuple(mask.shape) in shapes
-    wanted = f"bool or float tensor {' or '.join(str(list(shape)) for shape in shapes)}"
-    require(ok, name, wanted, describe(mask), ValueError if isinstance(mask, torch.Tensor) else TypeError)
+    if not (ok and tuple(mask.shape) in shapes):  # messages are not written before: torch.compile can't, of free sizes
+        wanted = f"bool or float tensor {' or '.join(str(list(shape)) for shape in shapes)}"
+        require(False, name, wanted, describe(mask), ValueError if isinstance(mask, torch.Tensor) else TypeError)
 
 
 def check_inputs(query, *others, sizes, batch_first):
     """Query, key and perhaps value: dense or all nested, 2-D or 3-D, with the module's numbers of features."""
     names = ("query", "key", "value")
+    batch = 0 if batch_first else 1
     for name, x, features in zip(names, (query, *others), sizes, strict=False):
         ok = isinstance(x, torch.Tensor) and x.dim() in (2, 3)
         if ok and x.is_nested:
             _check_nested(name, x, query, batch_first)
-        require(ok and x.size(-1) == features, name, f"2-D or 3-D tensor [..., {features}]", describe_input(x))
-        require(x.is_nested == query.is_nested, name, "a nested tensor, like query", describe_input(x))
-        require(x.dim() == query.dim(), name, f"{query.dim()}-D, like query", describe_input(x))
-        batch = 0 if batch_first else 1
-        ok = x.dim() == 2 or x.size(batch) == query.size(batch)
-        require(ok, name, f"batch {query.size(batch) if query.dim() == 3 else 1}, like query", describe_input(x))
-    if len(others) == 2 and not query.is_nested:
+        if not (ok and x.size(-1) == features):
+            require(False, name, f"2-D or 3-D tensor [..., {features}]", describe_input(x))
+        if x.is_nested != query.is_nested:
+            require(False, name, "a nested tensor, like query", describe_input(x))
+        if x.dim() != query.dim():
+            require(False, name, f"{query.dim()}-D, like query", describe_input(x))
+        if x.dim() == 3 and x.size(batch) != query.size(batch):
+            require(False, name, f"batch {query.size(batch)}, like query", describe_input(x))
+    if len(others) == 2 and not query.is_nested and others[0].shape[:-1] != others[1].shape[:-1]:
         key, value = others
-        ok = key.shape[:-1] == value.shape[:-1]
-        require(ok, "value", f"as many tokens as key, {list(key.shape[:-1])}", describe(value))
+        require(False, "value", f"as many tokens as key, {list(key.shape[:-1])}", describe(value))
 
 
 def _check_nested(name, x, query, batch_first):
