@@ -20,7 +20,7 @@ WRITTEN = {
     "rows_kernel": ("weight_grad", "score_grad", "cut_grad", "query_grad"),
     "keys_kernel": ("key_grad", "value_grad"),
 }
-EVEN = Case(16, 64, 16, 16, 1, 2, 1, precision="bfloat16")
+EVEN = Case(16, 64, 16, 16, 1, 1, 1, precision="bfloat16")
 RAGGED = Case(5, 37, 11, 9, 1, 1, 1, precision="float16", rule="absolute", threshold=0.4, weighting="shrink")
 
 
