@@ -142,7 +142,7 @@ def threshold_attention(
     choices.check_return_support(return_support)
     choices.check_offset(query_offset)
     if backend is not None:
-        check_backend(backend, "threshold_attention", query)
+        check_backend(backend, "threshold_attention", query, key, value, rule=rule)
     leading = query.shape[:-2]
     if len(leading) != 2:
         query, key, value = (given.four_dimensional(tensor) for tensor in (query, key, value))

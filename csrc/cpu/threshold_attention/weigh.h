@@ -17,6 +17,25 @@ T log_of_sum(T top, double sum) {
   return T(double(top) + __builtin_log(sum));
 }
 
+// A sum of vectors over all their lanes: some of them at a time, then their sums in double.
+template <typename T, int L>
+class LongSum {
+ public:
+  COMPSPARSE_INLINE void add(Vec<T, L> v) {
+    some_ += v;
+    if (++number_ < 32) return;
+    total_ += double(sum_lanes<T, L>(some_));
+    some_ = Vec<T, L>{};
+    number_ = 0;
+  }
+  double total() const { return total_ + double(sum_lanes<T, L>(some_)); }
+
+ private:
+  Vec<T, L> some_ = {};
+  double total_ = 0;
+  int number_ = 0;
+};
+
 template <typename T, int L>
 void divide(T* x, int64_t count, T divisor) {
   for (int64_t e = 0; e < count; e += L) store<T, L>(x + e, load<T, L>(x + e) / divisor);
@@ -27,15 +46,15 @@ template <typename T, int L>
 RowSums<T> softmax(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
   T base = 0;
   if (a.weighting == Weighting::shrink) base = T(q.from_top ? q.threshold : __builtin_exp(q.threshold - double(top)));
-  Vec<T, L> all = {}, total = {};
+  LongSum<T, L> all, total;
   for (int64_t e = 0; e < count; e += L) {
     const Vec<T, L> share = exp_below_overflow<T, L>(load<T, L>(scores + e) - top), height = share - base;
     const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;  // NaN stays
     store<T, L>(scores + e, weight);
-    all += share;
-    total += weight;
+    all.add(share);
+    total.add(weight);
   }
-  const T sum = sum_lanes<T, L>(total), log_sum = log_of_sum(top, double(sum_lanes<T, L>(all)));
+  const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
   if (sum == 0) return {log_sum, 0};
   divide<T, L>(scores, count, sum);
   return {log_sum, base / sum};
@@ -44,15 +63,15 @@ RowSums<T> softmax(const Attention<T>& a, const QueryState<T>& q, T* scores, int
 template <typename T, int L>
 RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
   const T from = q.from_top ? top : T(q.cut), cut = q.from_top ? T(q.cut) : T(0);
-  Vec<T, L> all = {}, total = {};
+  LongSum<T, L> all, total;
   for (int64_t e = 0; e < count; e += L) {
     const Vec<T, L> score = load<T, L>(scores + e), height = score - from - cut;
     const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;
     store<T, L>(scores + e, weight);
-    all += exp_below_overflow<T, L>(score - top);
-    total += weight;
+    all.add(exp_below_overflow<T, L>(score - top));
+    total.add(weight);
   }
-  const T sum = sum_lanes<T, L>(total), log_sum = log_of_sum(top, double(sum_lanes<T, L>(all)));
+  const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
   if (sum == 0) return {log_sum, 0};
   divide<T, L>(scores, count, sum);
   return {log_sum, 1 / sum};
