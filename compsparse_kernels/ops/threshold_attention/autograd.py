@@ -23,12 +23,15 @@ class ThresholdAttention(torch.autograd.Function):
         threshold, rule, weighting, *_, scale, dropout_p, seed = arguments[10:]
         ctx.options = threshold, rule, weighting, scale, dropout_p, seed
         ctx.mark_non_differentiable(row_ptr, col_idx, weights, log_sum)
+        ctx.set_materialize_grads(False)  # zeros in place of their gradients would cost as much as the support
         return out, row_ptr, col_idx, weights, log_sum
 
     @staticmethod
     def backward(ctx, grad, *_):
         query, key, value, bias, thresholds, *support = ctx.saved_tensors
         grads = dict.fromkeys(range(ARGUMENTS))
+        if grad is None:
+            return tuple(grads.values())
         with torch.no_grad():
             *grads_of_three, score_grad, cut_grad = _backward(grad, query, key, value, *support, *ctx.options)
             grads |= enumerate(grads_of_three)
