@@ -1,6 +1,8 @@
 // The rules that are solved on a short list of candidates: top-k, top-p, entmax.
 #pragma once
 
+#include <stddef.h>
+
 #include "refine.h"
 
 namespace {
