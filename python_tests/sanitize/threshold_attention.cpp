@@ -215,7 +215,8 @@ template <typename T>
 void check_backward(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, const Support<T>& support,
                     std::mt19937& generator) {
   const AttentionSizes& s = inputs.shape.size;
-  const bool tokens_first = inputs.shape.tokens_first, finite = !inputs.shape.padding_is_nan;
+  const bool tokens_first = inputs.shape.tokens_first,
+             finite = !inputs.shape.padding_is_nan && !inputs.shape.query_is_nan;
   const auto grad = Buffer<T>::random(s.batch * s.heads * s.queries * s.value_width, generator);
   const auto ptr = Buffer<int64_t>::copy(support.ptr);
   const auto columns = Buffer<int32_t>::copy(support.columns);

@@ -23,6 +23,8 @@ struct Shape {
   std::vector<int64_t> query_starts = {}, key_starts = {};
   bool thresholds_by_query = false;
   double dropout = 0;
+  double step = 0, factor = 1;  // queries and keys are rounded to multiples of a step, then multiplied
+  bool query_is_nan = false;    // the first of each head
 };
 
 const Shape shapes[] = {
@@ -74,6 +76,9 @@ const Shape shapes[] = {
      .dropout = 0.4},
     {.name = "far from its keys", .size = {1, 1, 1, 8, 80, 6, 6}, .window_left = 2, .query_offset = 79},
     {.name = "several strips", .size = {1, 2, 1, 25, 2150, 37, 5}, .tokens_first = true, .padding = true},
+    {.name = "equal scores", .size = {1, 2, 1, 40, 200, 8, 8}, .scale = 0.5, .step = 0.25},
+    {.name = "too large for codes", .size = {1, 2, 1, 12, 70, 50, 6}, .factor = 1.58e18},
+    {.name = "no number", .size = {1, 2, 2, 30, 140, 7, 6}, .causal = true, .query_offset = 130, .query_is_nan = true},
     {.name = "several blocks of rows", .size = {1, 2, 1, 200, 135, 5, 3}, .thresholds_by_query = true},
 };
 
@@ -84,13 +89,14 @@ struct Manner {
   Weighting weighting;
 };
 
+// Thresholds that some of the equal scores reach exactly, and others that keep nearly nothing or everything.
 const Manner manners[] = {
-    {"relative", Rule::relative, 0.3, Weighting::softmax},
+    {"relative", Rule::relative, exp(-1.25), Weighting::softmax},
     {"relative, shrink", Rule::relative, 0.2, Weighting::shrink},
     {"relative, rectified", Rule::relative, 0.2, Weighting::rectified},
     {"relative, keeps everything", Rule::relative, 1e-9, Weighting::shrink},
-    {"absolute", Rule::absolute, 0.3, Weighting::softmax},
-    {"absolute, shrink", Rule::absolute, -0.2, Weighting::shrink},
+    {"absolute", Rule::absolute, 0.25, Weighting::softmax},
+    {"absolute, shrink", Rule::absolute, -0.25, Weighting::shrink},
     {"absolute, rectified, keeps everything", Rule::absolute, -40, Weighting::rectified},
     {"absolute, keeps nothing", Rule::absolute, 40, Weighting::rectified},
     {"top 1", Rule::topk, 1, Weighting::softmax},
@@ -152,9 +158,14 @@ struct Inputs {
         query_starts(Buffer<int64_t>::copy(c.query_starts)),
         key_starts(Buffer<int64_t>::copy(c.key_starts)) {
     for (int64_t h = 0; h < alibi.size(); ++h) alibi[h] *= 0.1f;
+    resize(query), resize(key);
     if (c.padding_is_nan) spoil_padding();
+    if (c.query_is_nan) spoil_queries();
   }
 
+  Heads<const T> queries() const {
+    return heads<const T>(query.data(), shape.size.heads, shape.size.queries, shape.size.width, shape.tokens_first);
+  }
   Heads<const T> keys() const { return of_keys(key, shape.size.width); }
   Heads<const T> values() const { return of_keys(value, shape.size.value_width); }
 
@@ -163,7 +174,7 @@ struct Inputs {
     const AttentionSizes& s = shape.size;
     Attention<T> a = {};
     a.size = s;
-    a.query = heads<const T>(query.data(), s.heads, s.queries, s.width, shape.tokens_first);
+    a.query = queries();
     a.key = keys();
     a.value = values();
     a.out = heads<T>(out.data(), s.heads, s.queries, s.value_width, shape.tokens_first);
@@ -209,6 +220,16 @@ struct Inputs {
       a.bias_strides[d] = shape.bias_has[d] ? stride : 0;
       stride *= shape.bias_has[d] ? sizes[d] : 1;
     }
+  }
+
+  void resize(const Buffer<T>& x) {
+    for (int64_t e = 0; e < x.size(); ++e)
+      x[e] = T((shape.step > 0 ? nearbyint(x[e] / shape.step) * shape.step : x[e]) * shape.factor);
+  }
+
+  void spoil_queries() {
+    for (int64_t b = 0; b < shape.size.batch; ++b)
+      for (int64_t h = 0; h < shape.size.heads; ++h) query[at(queries(), b, h, 0)] = NAN;
   }
 
   void spoil_padding() {

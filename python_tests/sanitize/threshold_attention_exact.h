@@ -100,7 +100,7 @@ inline double weigh_row(const RowRule& by, const std::vector<double>& scores, co
     weights[j] = 0;
     if (!kept[j]) continue;
     if (by.weighting == Weighting::rectified)
-      weights[j] = scores[j] - (relative ? top + log(by.threshold) : by.threshold);
+      weights[j] = relative ? scores[j] - top - log(by.threshold) : scores[j] - by.threshold;
     else
       weights[j] = exp(scores[j] - top) - slope;
     total += weights[j];
@@ -109,6 +109,17 @@ inline double weigh_row(const RowRule& by, const std::vector<double>& scores, co
   if (total == 0) return 0;
   for (size_t j = 0; j < scores.size(); ++j) weights[j] /= total;
   return slope / total;
+}
+
+// A row with scores that are no numbers keeps exactly these.
+inline bool keep_undefined(const std::vector<double>& scores, uint8_t* kept, double* weights) {
+  bool any = false;
+  for (size_t j = 0; j < scores.size(); ++j) {
+    if (!isnan(scores[j])) continue;
+    any = kept[j] = true;
+    weights[j] = NAN;
+  }
+  return any;
 }
 
 template <typename T>
@@ -120,6 +131,12 @@ void exact_row(const Attention<T>& a, int64_t b, int64_t h, int64_t i, Exact& ex
   uint8_t* kept = exact.kept.data() + row * keys;
   std::vector<double> scores(keys);
   for (int64_t j = 0; j < keys; ++j) top = fmax(top, scores[j] = exact_score(a, b, h, i, j));
+  double* out = exact.out.data() + at(a.out, b, h, i);
+  if (keep_undefined(scores, kept, weights)) {
+    exact.log_sums[row] = exact.slopes[row] = NAN;
+    std::fill_n(out, a.size.value_width, NAN);
+    return;
+  }
   exact.log_sums[row] = -INFINITY;
   if (top == -INFINITY) return;
   if (a.rule == Rule::entmax) {
@@ -133,7 +150,6 @@ void exact_row(const Attention<T>& a, int64_t b, int64_t h, int64_t i, Exact& ex
   for (int64_t j = 0; j < keys; ++j) sum += kept[j] ? exp(scores[j] - top) : 0;
   exact.log_sums[row] = top + log(sum);
   const T* values = a.value.head(b, h / (a.size.heads / a.size.kv_heads));
-  double* out = exact.out.data() + at(a.out, b, h, i);
   for (int64_t j = 0; j < keys; ++j) {
     const double share = kept[j] ? weights[j] * dropout_factor(a.seed, a.dropout, row, j) : 0;
     if (share == 0) continue;  // the value may be no number
