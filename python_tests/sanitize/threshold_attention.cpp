@@ -1,234 +1,269 @@
-// threshold_attention's tables: pack_keys, forward, backward_rows, backward_keys, against plain loops.
-#include "harness.h"
+// threshold_attention's tables: the forward in all its ways and the backward in both of its, against plain loops.
+#include "threshold_attention_exact.h"
 
 namespace {
 
-using namespace compsparse;
-using sanitize::Buffer;
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-struct Case {
-  AttentionSizes size;  // batch, heads, kv_heads, queries, keys, width, value_width
-  double cut;
-  bool absolute, causal, with_bias, with_mask, with_padding;
-  std::string name() const {
-    return "queries " + std::to_string(size.queries) + " keys " + std::to_string(size.keys) + " width " +
-           std::to_string(size.width) + " cut " + std::to_string(cut);
-  }
-};
+Range block_at(int64_t begin, int64_t block, int64_t end) { return {begin, std::min(begin + block, end)}; }
 
-const Case cases[] = {
-    {{1, 1, 1, 1, 1, 1, 1}, -2, false, false, false, false, false},
-    {{2, 2, 2, 7, 9, 8, 5}, -1, false, false, false, false, true},
-    {{1, 4, 2, 17, 33, 16, 16}, -0.5, false, true, true, false, false},
-    {{2, 2, 1, 40, 70, 20, 24}, 0.3, true, false, false, true, false},
-    {{1, 2, 2, 65, 130, 64, 64}, -0.2, false, true, false, false, true},
-    {{1, 1, 1, 3, 600, 33, 7}, -30, false, false, true, false, false},  // keeps everything
-    {{1, 2, 1, 20, 50, 8, 8}, 30, true, false, false, false, false},    // keeps nothing
-    {{1, 1, 1, 5, 0, 8, 8}, -1, false, false, false, false, false},
-    {{1, 2, 2, 9, 40, 12, 11}, 0.1, true, true, true, false, true},
-};
-
-template <typename T>
-Heads<T> heads(T* data, int64_t number, int64_t tokens, int64_t width) {
-  return {data, number * tokens * width, tokens * width, width};
-}
-
-Buffer<uint8_t> random_flags(int64_t size, double share, std::mt19937& generator) {
-  std::bernoulli_distribution set(share);
-  Buffer<uint8_t> flags(size);
-  for (int64_t i = 0; i < size; ++i) flags[i] = set(generator);
-  return flags;
-}
-
-template <typename T>
-struct Inputs {
-  Inputs(const Case& c, std::mt19937& generator)
-      : query(Buffer<T>::random(c.size.batch * c.size.heads * c.size.queries * c.size.width, generator)),
-        key(Buffer<T>::random(c.size.batch * c.size.kv_heads * c.size.keys * c.size.width, generator)),
-        value(Buffer<T>::random(c.size.batch * c.size.kv_heads * c.size.keys * c.size.value_width, generator)),
-        bias(Buffer<T>::random(c.size.queries * c.size.keys, generator)),
-        mask(random_flags(c.size.queries * c.size.keys, 0.8, generator)),
-        padding(random_flags(c.size.batch * c.size.keys, 0.3, generator)) {}
-
-  Attention<T> attention(const Case& c, const Buffer<T>& out) const {
-    const AttentionSizes& s = c.size;
-    Attention<T> a = {};
-    a.size = s;
-    a.query = heads<const T>(query.data(), s.heads, s.queries, s.width);
-    a.key = heads<const T>(key.data(), s.kv_heads, s.keys, s.width);
-    a.value = heads<const T>(value.data(), s.kv_heads, s.keys, s.value_width);
-    a.out = heads<T>(out.data(), s.heads, s.queries, s.value_width);
-    a.bias = c.with_bias ? bias.data() : nullptr;
-    a.mask = c.with_mask ? mask.data() : nullptr;
-    a.bias_strides[2] = s.keys;
-    a.bias_strides[3] = 1;
-    a.padding = c.with_padding ? padding.data() : nullptr;
-    a.scale = 0.7;
-    a.cut = c.cut;
-    a.absolute = c.absolute;
-    a.causal = c.causal;
-    return a;
-  }
-
-  Buffer<T> query, key, value, bias;
-  Buffer<uint8_t> mask, padding;
-};
-
-// Dense weights [rows, keys] of row (b * heads + h) * queries + i, and the outputs, by the definition.
-struct Exact {
-  std::vector<double> weights, out;
-};
-
-template <typename T>
-double score(const Attention<T>& a, int64_t b, int64_t h, int64_t i, int64_t j) {
-  if (a.causal && j > i) return -INFINITY;
-  if (a.padding && a.padding[b * a.size.keys + j]) return -INFINITY;
-  const int64_t at = i * a.bias_strides[2] + j * a.bias_strides[3];
-  if (a.mask && !a.mask[at]) return -INFINITY;
-  const T* q = a.query.head(b, h) + i * a.query.stride;
-  const T* k = a.key.head(b, h / (a.size.heads / a.size.kv_heads)) + j * a.key.stride;
-  double sum = 0;
-  for (int64_t d = 0; d < a.size.width; ++d) sum += double(q[d]) * k[d];
-  return a.scale * sum + (a.bias ? double(a.bias[at]) : 0);
-}
-
-template <typename T>
-Exact exact_forward(const Attention<T>& a) {
-  const AttentionSizes& s = a.size;
-  const int64_t rows = s.batch * s.heads * s.queries;
-  Exact exact = {std::vector<double>(rows * s.keys), std::vector<double>(rows * s.value_width)};
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
-    double* weights = exact.weights.data() + row * s.keys;
-    double top = -INFINITY, total = 0;
-    for (int64_t j = 0; j < s.keys; ++j) top = fmax(top, weights[j] = score(a, b, h, i, j));
-    for (int64_t j = 0; j < s.keys; ++j) {
-      const bool kept = weights[j] > -INFINITY && weights[j] >= (a.absolute ? a.cut : top + a.cut);
-      total += weights[j] = kept ? exp(weights[j] - top) : 0;
-    }
-    const T* value = a.value.head(b, h / (s.heads / s.kv_heads));
-    for (int64_t j = 0; j < s.keys; ++j) {
-      if (total > 0) weights[j] /= total;
-      for (int64_t d = 0; d < s.value_width; ++d)
-        exact.out[row * s.value_width + d] += weights[j] * value[j * a.value.stride + d];
-    }
-  }
-  return exact;
-}
-
-// The support as CSR over all rows.
+// What the kernel says of all rows (b, h, i), one after another.
 template <typename T>
 struct Support {
   std::vector<int64_t> ptr = {0};
   std::vector<int32_t> columns;
-  std::vector<T> weights;
+  std::vector<T> weights, log_sums, slopes;
 };
 
+// Tokens of all key-value heads in panels, and the norms if these are wanted.
 template <typename T>
-Support<T> run_forward(const AttentionKernels<T>& kernel, Attention<T> a) {
-  const AttentionSizes& s = a.size;
-  const int64_t panels = (s.keys + kernel.panel_keys - 1) / kernel.panel_keys, kv_heads = s.batch * s.kv_heads;
-  const int64_t head_size = panels * kernel.panel_keys * s.width, capacity = s.keys + kernel.slack;
-  const auto packed = Buffer<T>::unwritten(kv_heads * head_size);
-  const auto norms = Buffer<double>::unwritten(kv_heads * panels);
-  for (int64_t head = 0; head < kv_heads; ++head)
-    for (int64_t part = 0; part < 2; ++part)
-      kernel.pack_keys(a, head / s.kv_heads, head % s.kv_heads, {panels * part / 2, panels * (part + 1) / 2},
-                       packed.data() + head * head_size, norms.data() + head * panels);
-  a.packed_keys = packed.data();
-  a.norms = norms.data();
+struct Packed {
+  Packed(const AttentionKernels<T>& kernel, const AttentionSizes& s, const Heads<const T>& x, int64_t width,
+         bool with_norms)
+      : head_size(round_up(s.keys, kernel.panel_keys) * width),
+        panels(Buffer<T>::unwritten(s.batch * s.kv_heads * head_size)),
+        norms(Buffer<double>::unwritten(
+            with_norms ? s.batch * s.kv_heads * round_up(s.keys, kernel.panel_keys) / kernel.panel_keys : 0)) {
+    const int64_t head_norms = norms.size() / (s.batch * s.kv_heads);
+    for (int64_t head = 0; head < s.batch * s.kv_heads; ++head)
+      kernel.pack_keys(x.head(head / s.kv_heads, head % s.kv_heads), x.stride, s.keys, width,
+                       panels.data() + head * head_size, with_norms ? norms.data() + head * head_norms : nullptr);
+  }
+
+  int64_t head_size;
+  Buffer<T> panels;
+  Buffer<double> norms;
+};
+
+// One block of queries on scratch of its own; false where the index has left it undone.
+template <typename T>
+bool run_block(const AttentionKernels<T>& kernel, const Attention<T>& a, int64_t head, Range queries, bool with_support,
+               Support<T>& support) {
+  const int64_t block = kernel.block_queries, capacity = round_up(a.size.keys, kernel.panel_keys) + kernel.slack;
+  const auto scaled = Buffer<T>::unwritten(block * a.size.width),
+             scores = Buffer<T>::unwritten(block * kernel.score_stride),
+             weights = Buffer<T>::unwritten(block * capacity), spare = Buffer<T>::unwritten(2 * capacity),
+             log_sums = Buffer<T>::unwritten(block), slopes = Buffer<T>::unwritten(block);
+  const Buffer<int8_t> codes(block * round_up(a.size.width, 4));
+  const Buffer<int64_t> counts(block);
+  const Buffer<int32_t> columns(block * capacity);
+  const AttentionScratch<T> scratch = {scaled.data(),  codes.data(),   scores.data(), counts.data(),
+                                       columns.data(), weights.data(), spare.data(),  log_sums.data(),
+                                       slopes.data(),  capacity,       with_support};
+  const int64_t b = head / a.size.heads, h = head % a.size.heads;
+  if (a.index && !kernel.forward_indexed(a, b, h, queries, scratch)) return false;
+  if (!a.index) kernel.forward(a, b, h, queries, scratch);
+  if (!with_support) return true;
+  for (int64_t r = 0; r < queries.end - queries.begin; ++r) {
+    const int64_t first = r * capacity, last = first + counts[r];
+    support.columns.insert(support.columns.end(), columns.data() + first, columns.data() + last);
+    support.weights.insert(support.weights.end(), weights.data() + first, weights.data() + last);
+    support.ptr.push_back(int64_t(support.columns.size()));
+    support.log_sums.push_back(log_sums[r]);
+    support.slopes.push_back(slopes[r]);
+  }
+  return true;
+}
+
+// All blocks of queries; those that the index leaves undone without it. `indexed` counts the others.
+template <typename T>
+Support<T> run_forward(const AttentionKernels<T>& kernel, const Attention<T>& a, bool with_support, int64_t& indexed) {
   Support<T> support;
-  for (int64_t head = 0; head < s.batch * s.heads; ++head)
-    for (int64_t begin = 0; begin < s.queries; begin += kernel.block_queries) {
-      const int64_t end = begin + kernel.block_queries < s.queries ? begin + kernel.block_queries : s.queries;
-      const auto queries = Buffer<T>::unwritten(kernel.block_queries * s.width);
-      const auto scores = Buffer<T>::unwritten(kernel.block_queries * kernel.score_stride);
-      const Buffer<int64_t> counts(kernel.block_queries);
-      const Buffer<int32_t> columns(kernel.block_queries * capacity);
-      const auto weights = Buffer<T>::unwritten(kernel.block_queries * capacity);
-      kernel.forward(a, head / s.heads, head % s.heads, {begin, end},
-                     {queries.data(), scores.data(), counts.data(), columns.data(), weights.data(), capacity});
-      for (int64_t r = 0; r < end - begin; ++r) {
-        const int64_t at = r * capacity;
-        support.columns.insert(support.columns.end(), columns.data() + at, columns.data() + at + counts[r]);
-        support.weights.insert(support.weights.end(), weights.data() + at, weights.data() + at + counts[r]);
-        support.ptr.push_back(int64_t(support.columns.size()));
-      }
+  Attention<T> without_index = a;
+  without_index.index = nullptr;
+  for (int64_t head = 0; head < a.size.batch * a.size.heads; ++head)
+    for (int64_t begin = 0; begin < a.size.queries; begin += kernel.block_queries) {
+      const Range queries = block_at(begin, kernel.block_queries, a.size.queries);
+      const bool done = run_block(kernel, a, head, queries, with_support, support);
+      if (!done) run_block(kernel, without_index, head, queries, with_support, support);
+      indexed += done && a.index;
     }
   return support;
 }
 
 template <typename T>
-void check_backward(const AttentionKernels<T>& kernel, const Case& c, const Attention<T>& a, const Support<T>& support,
-                    std::mt19937& generator) {
-  const AttentionSizes& s = c.size;
-  const int64_t rows = s.batch * s.heads * s.queries, kv_tokens = s.batch * s.kv_heads * s.keys;
-  const auto grad = Buffer<T>::random(rows * s.value_width, generator);
-  const auto ptr = Buffer<int64_t>::copy(support.ptr);
-  const auto columns = Buffer<int32_t>::copy(support.columns);
-  const auto weights = Buffer<T>::copy(support.weights);
-  const auto score_grad = Buffer<T>::unwritten(weights.size()), query_grad = Buffer<T>::unwritten(rows * s.width),
-             key_grad = Buffer<T>::unwritten(kv_tokens * s.width),
-             value_grad = Buffer<T>::unwritten(kv_tokens * s.value_width);
-  AttentionGradient<T> g = {};
-  g.size = s;
-  g.query = a.query, g.key = a.key, g.value = a.value;
-  g.grad = heads<const T>(grad.data(), s.heads, s.queries, s.value_width);
-  g.row_ptr = ptr.data(), g.col_idx = columns.data(), g.weights = weights.data();
-  g.score_grad = score_grad.data();
-  g.query_grad = heads<T>(query_grad.data(), s.heads, s.queries, s.width);
-  g.key_grad = heads<T>(key_grad.data(), s.kv_heads, s.keys, s.width);
-  g.value_grad = heads<T>(value_grad.data(), s.kv_heads, s.keys, s.value_width);
-  g.scale = a.scale;
-  for (int64_t part = 0; part < 2; ++part) kernel.backward_rows(g, {rows * part / 2, rows * (part + 1) / 2});
-  for (int64_t head = 0; head < s.batch * s.kv_heads; ++head)
-    for (int64_t part = 0; part < 2; ++part)
-      kernel.backward_keys(g, head / s.kv_heads, head % s.kv_heads, {s.keys * part / 2, s.keys * (part + 1) / 2});
-
-  std::vector<double> dq(query_grad.size()), dk(key_grad.size()), dv(value_grad.size()), ds(score_grad.size());
+void expect_support(const Support<T>& support, const Exact& exact, int64_t keys, Rule rule, const std::string& name) {
+  const int64_t rows = int64_t(exact.slopes.size());
+  std::vector<T> weights(exact.weights.size());
+  std::vector<uint8_t> kept(exact.kept.size());
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t kv_head = row / s.queries / s.heads * s.kv_heads + row / s.queries % s.heads / (s.heads / s.kv_heads);
-    double inner = 0;
-    for (int64_t e = ptr[row]; e < ptr[row + 1]; ++e) {
-      const int64_t j = kv_head * s.keys + columns[e];
-      for (int64_t d = 0; d < s.value_width; ++d) {
-        dv[j * s.value_width + d] += double(weights[e]) * grad[row * s.value_width + d];
-        ds[e] += double(grad[row * s.value_width + d]) * a.value.data[j * s.value_width + d];
+    int64_t after = 0;
+    for (int64_t e = support.ptr[row]; e < support.ptr[row + 1]; ++e) {
+      const int64_t column = support.columns[e];
+      if (column < after || column >= keys) {
+        fprintf(stderr, "%s: column %lld of row %lld\n", name.c_str(), (long long)column, (long long)row);
+        ++sanitize::mismatches();
+        return;
       }
-      inner += ds[e] * weights[e];
-    }
-    for (int64_t e = ptr[row]; e < ptr[row + 1]; ++e) {
-      const int64_t j = kv_head * s.keys + columns[e];
-      ds[e] = weights[e] * (ds[e] - inner);
-      for (int64_t d = 0; d < s.width; ++d) {
-        dq[row * s.width + d] += a.scale * ds[e] * a.key.data[j * s.width + d];
-        dk[j * s.width + d] += a.scale * ds[e] * a.query.data[row * s.width + d];
-      }
+      weights[row * keys + column] = support.weights[e], kept[row * keys + column] = 1;
+      after = column + 1;
     }
   }
-  sanitize::expect_equal(score_grad.data(), ds.data(), score_grad.size(), "score_grad " + c.name());
-  sanitize::expect_equal(query_grad.data(), dq.data(), query_grad.size(), "query_grad " + c.name());
-  sanitize::expect_equal(key_grad.data(), dk.data(), key_grad.size(), "key_grad " + c.name());
-  sanitize::expect_equal(value_grad.data(), dv.data(), value_grad.size(), "value_grad " + c.name());
+  sanitize::expect_equal(weights.data(), exact.weights.data(), int64_t(weights.size()), "weights " + name);
+  sanitize::expect_equal(support.log_sums.data(), exact.log_sums.data(), rows, "log_sums " + name);
+  sanitize::expect_equal(support.slopes.data(), exact.slopes.data(), rows, "slopes " + name);
+  // The weights of entmax end at 0 without a step, wherever rounding says.
+  if (rule == Rule::entmax || kept == exact.kept) return;
+  fprintf(stderr, "support %s: not the exact one\n", name.c_str());
+  ++sanitize::mismatches();
+}
+
+template <typename T>
+Support<T> check_way(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, Attention<T> a, const Exact& exact,
+                     const std::string& way, int64_t& indexed) {
+  const AttentionSizes& s = a.size;
+  const std::string name = inputs.name() + "; " + way;
+  Support<T> support;
+  for (const bool with_support : {false, true}) {
+    const auto out = Buffer<T>::unwritten(s.batch * s.heads * s.queries * s.value_width);
+    a.out.data = out.data();
+    support = run_forward(kernel, a, with_support, indexed);
+    sanitize::expect_equal(out.data(), exact.out.data(), out.size(), "out " + name);
+  }
+  expect_support(support, exact, s.keys, a.rule, name);
+  return support;
+}
+
+// Keys of all heads in an index; `pieces`: a few keys at a time.
+template <typename T>
+Buffer<uint8_t> pack_index(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, int64_t stride, bool pieces) {
+  const AttentionSizes& s = inputs.shape.size;
+  const Heads<const T> keys = inputs.keys();
+  Buffer<uint8_t> index(s.batch * s.kv_heads * stride);
+  for (int64_t head = 0; head < s.batch * s.kv_heads; ++head)
+    for (int64_t begin = 0, piece = 1; begin < s.keys; begin += piece, piece = piece % 67 + 11) {
+      const Range which = block_at(begin, pieces ? piece : s.keys, s.keys);
+      kernel.pack_index(keys.head(head / s.kv_heads, head % s.kv_heads) + which.begin * keys.stride, keys.stride,
+                        s.width, which, index.data() + head * stride);
+      if (!pieces) break;
+    }
+  return index;
+}
+
+template <typename T>
+void check_index(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, Attention<T> a, const Exact& exact,
+                 int64_t& indexed) {
+  a.index_stride = round_up(a.size.keys, index_panel_keys) / index_panel_keys * index_panel_bytes(a.size.width);
+  const Buffer<uint8_t> index = pack_index(kernel, inputs, a.index_stride, false);
+  const Buffer<uint8_t> by_pieces = pack_index(kernel, inputs, a.index_stride, true);
+  if (memcmp(index.data(), by_pieces.data(), size_t(index.size())) != 0) {
+    fprintf(stderr, "index %s: not the same by pieces\n", inputs.name().c_str());
+    ++sanitize::mismatches();
+  }
+  a.index = index.data();
+  check_way(kernel, inputs, a, exact, "indexed", indexed);
+}
+
+// The forward in each way that these inputs allow; returns the support.
+template <typename T>
+Support<T> check_forward(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, int64_t& indexed) {
+  const AttentionSizes& s = inputs.shape.size;
+  const auto nowhere = Buffer<T>(0);
+  Attention<T> a = inputs.attention(nowhere);
+  const Exact exact = exact_forward(a);
+  check_way(kernel, inputs, a, exact, "direct", indexed);
+  const Packed<T> packed(kernel, s, inputs.keys(), s.width, true);
+  a.packed_keys = packed.panels.data(), a.norms = packed.norms.data();
+  if (kernel.forward_indexed) check_index(kernel, inputs, a, exact, indexed);
+  Support<T> support = check_way(kernel, inputs, a, exact, "sparse", indexed);
+  Buffer<uint8_t> finite(s.batch * s.kv_heads);
+  for (int64_t head = 0; head < finite.size(); ++head) finite[head] = !inputs.shape.padding_is_nan;
+  a.finite_values = finite.data();
+  check_way(kernel, inputs, a, exact, "dense where most is kept", indexed);
+  return support;
+}
+
+template <typename T>
+struct Gradients {
+  Gradients(const AttentionSizes& s, int64_t nnz, bool dropout)
+      : query(Buffer<T>::unwritten(s.batch * s.heads * s.queries * s.width)),
+        key(Buffer<T>::unwritten(s.batch * s.kv_heads * s.keys * s.width)),
+        value(Buffer<T>::unwritten(s.batch * s.kv_heads * s.keys * s.value_width)),
+        score(Buffer<T>::unwritten(nnz)),
+        cut(Buffer<T>::unwritten(s.batch * s.heads * s.queries)),
+        dropped(Buffer<T>::unwritten(dropout ? nnz : 0)) {}
+
+  Buffer<T> query, key, value, score, cut, dropped;
+};
+
+// The gradients of all rows, then those of all keys, `range` of them at a time (a multiple of 64).
+template <typename T>
+void run_backward(const AttentionKernels<T>& kernel, const AttentionGradient<T>& g, const Packed<T>* values,
+                  int64_t range) {
+  const AttentionSizes& s = g.size;
+  const int64_t dense_stride = values ? round_up(s.keys, kernel.panel_keys) : 0;
+  for (int64_t head = 0; head < s.batch * s.heads; ++head) {
+    const int64_t b = head / s.heads, h = head % s.heads, kv_head = b * s.kv_heads + h / (s.heads / s.kv_heads);
+    const T* packed = values ? values->panels.data() + kv_head * values->head_size : nullptr;
+    for (int64_t begin = 0; begin < s.queries; begin += kernel.block_queries) {
+      const auto rows = Buffer<T>::unwritten(kernel.block_queries * s.value_width),
+                 dense = Buffer<T>::unwritten(kernel.block_queries * std::max<int64_t>(dense_stride, 64)),
+                 block = Buffer<T>::unwritten(2 * 64 * 64);
+      kernel.backward_rows(g, packed, b, h, block_at(begin, kernel.block_queries, s.queries),
+                           {rows.data(), dense.data(), dense_stride, block.data()});
+    }
+  }
+  for (int64_t head = 0; head < s.batch * s.kv_heads; ++head)
+    for (int64_t begin = 0; begin < s.keys; begin += range) {
+      const auto block = Buffer<T>::unwritten(2 * 64 * 64);
+      kernel.backward_keys(g, head / s.kv_heads, head % s.kv_heads, block_at(begin, range, s.keys),
+                           {nullptr, nullptr, 0, block.data()});
+    }
+}
+
+template <typename T>
+void check_backward(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, const Support<T>& support,
+                    std::mt19937& generator) {
+  const AttentionSizes& s = inputs.shape.size;
+  const bool tokens_first = inputs.shape.tokens_first,
+             finite = !inputs.shape.padding_is_nan && !inputs.shape.query_is_nan;
+  const auto grad = Buffer<T>::random(s.batch * s.heads * s.queries * s.value_width, generator);
+  const auto ptr = Buffer<int64_t>::copy(support.ptr);
+  const auto columns = Buffer<int32_t>::copy(support.columns);
+  const auto weights = Buffer<T>::copy(support.weights), slopes = Buffer<T>::copy(support.slopes);
+  const Packed<T> values(kernel, s, inputs.values(), s.value_width, false);
+  for (const bool dense : {false, true}) {
+    if (dense && !finite) continue;
+    const Gradients<T> to(s, weights.size(), inputs.shape.dropout > 0);
+    AttentionGradient<T> g = {};
+    const Attention<T> a = inputs.attention(to.query);
+    g.size = s;
+    g.query = a.query, g.key = a.key, g.value = a.value;
+    g.grad = heads<const T>(grad.data(), s.heads, s.queries, s.value_width, tokens_first);
+    g.row_ptr = ptr.data(), g.col_idx = columns.data(), g.weights = weights.data(), g.slopes = slopes.data();
+    g.dropped = a.dropout > 0 ? to.dropped.data() : nullptr;
+    g.shares = a.dropout > 0 ? g.dropped : g.weights;
+    g.score_grad = to.score.data(), g.cut_grad = to.cut.data();
+    g.query_grad = heads<T>(to.query.data(), s.heads, s.queries, s.width, tokens_first);
+    g.key_grad = heads<T>(to.key.data(), s.kv_heads, s.keys, s.width, tokens_first);
+    g.value_grad = heads<T>(to.value.data(), s.kv_heads, s.keys, s.value_width, tokens_first);
+    g.threshold = a.threshold, g.rule = a.rule, g.weighting = a.weighting;
+    g.scale = a.scale, g.dropout = a.dropout, g.seed = a.seed, g.finite = dense;
+    run_backward(kernel, g, dense ? &values : nullptr, dense ? 64 : 128);
+    const ExactGradient exact = exact_backward(g);
+    const std::string name = inputs.name() + (dense ? "; dense" : "; sparse");
+    sanitize::expect_equal(to.score.data(), exact.score_grad.data(), to.score.size(), "score_grad " + name);
+    sanitize::expect_equal(to.cut.data(), exact.cut_grad.data(), to.cut.size(), "cut_grad " + name);
+    sanitize::expect_equal(to.query.data(), exact.query_grad.data(), to.query.size(), "query_grad " + name);
+    sanitize::expect_equal(to.key.data(), exact.key_grad.data(), to.key.size(), "key_grad " + name);
+    sanitize::expect_equal(to.value.data(), exact.value_grad.data(), to.value.size(), "value_grad " + name);
+    sanitize::expect_equal(to.dropped.data(), exact.shares.data(), to.dropped.size(), "dropped " + name);
+  }
 }
 
 template <typename T>
 void check_kernels(const AttentionKernels<T>& kernel) {
   std::mt19937 generator(0);
-  for (const Case& c : cases) {
-    const Inputs<T> inputs(c, generator);
-    const auto out = Buffer<T>::unwritten(c.size.batch * c.size.heads * c.size.queries * c.size.value_width);
-    const Attention<T> a = inputs.attention(c, out);
-    const Support<T> support = run_forward(kernel, a);
-    const Exact exact = exact_forward(a);
-    sanitize::expect_equal(out.data(), exact.out.data(), out.size(), "forward " + c.name());
-    std::vector<T> weights(exact.weights.size());
-    for (size_t row = 0; row + 1 < support.ptr.size(); ++row)
-      for (int64_t e = support.ptr[row]; e < support.ptr[row + 1]; ++e)
-        weights[row * c.size.keys + support.columns[e]] = support.weights[e];
-    sanitize::expect_equal(weights.data(), exact.weights.data(), int64_t(weights.size()), "weights " + c.name());
-    check_backward(kernel, c, a, support, generator);
-  }
+  int64_t indexed = 0;
+  for (const Shape& shape : shapes)
+    for (const Manner& manner : manners) {
+      const Inputs<T> inputs(shape, manner, generator);
+      const Support<T> support = check_forward(kernel, inputs, indexed);
+      check_backward(kernel, inputs, support, generator);
+    }
+  if (!kernel.forward_indexed || indexed > 0) return;
+  fprintf(stderr, "the index was never used\n");
+  ++sanitize::mismatches();
 }
 
 std::function<void()> check(const AttentionTable& table) {
@@ -242,6 +277,9 @@ RUN_UNDER_SANITIZERS(threshold_attention, scalar, true, check(attention_scalar))
 #if defined(__x86_64__)
 RUN_UNDER_SANITIZERS(threshold_attention, avx2, sanitize::has_avx2(), check(attention_avx2));
 RUN_UNDER_SANITIZERS(threshold_attention, avx512, sanitize::has_avx512(), check(attention_avx512));
+RUN_UNDER_SANITIZERS(threshold_attention, avx512_bf16,
+                     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"),
+                     [] { check_kernels(attention_avx512_bf16); });
 #endif
 
 }  // namespace
