@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import attention_peers, block_sparse_linear, overhead, plots, registry, run, timing
 from benchmarks.inputs import fastest, mask_of_density, side
-from benchmarks.registry import GPU_MODULES, MODULES, Case, Entry, Mismatch, Side, select
+from benchmarks.registry import GPU_MODULES, MODULES, Case, Entry, Side, select
 from compsparse_kernels.testing import random_tensor
 
 ROW_KEYS = {"name", "op", "variant", "shape", "density", "dtype", "direction", "peer", "threads", "ours_ms", "peer_ms"}
