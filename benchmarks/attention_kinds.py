@@ -21,7 +21,7 @@ TOPK_SHARE = 0.045  # of the keys
 CLUSTERS, NEARNESS = 16, 0.8  # of a head; the share of a token's variance that is its cluster's
 # A score this near to the edge of the support may fall on either side of it in float32: such queries are not compared.
 UNDECIDED = 1e-4
-SAMPLED_QUERIES = 64
+SAMPLED_QUERIES = 32  # of each head
 
 
 @dataclass(frozen=True)
