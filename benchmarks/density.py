@@ -8,6 +8,7 @@ import random
 import statistics
 import sys
 import warnings
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,13 +94,18 @@ def _steps(density: float, batch: int, in_features: int, out_features: int) -> d
 
 
 def break_even(points: list[dict], name: str) -> float | None:
-    """The density where a side becomes slower than dense, on a straight line between two points; None if never."""
-    line = sorted((point["density"], point["to_dense"]) for point in points if point["name"] == name)
+    """The density where a side becomes slower than dense, as ``crossing`` finds it."""
+    return crossing((point["density"], point["to_dense"]) for point in points if point["name"] == name)
+
+
+def crossing(line: Iterable[tuple[float, float]]) -> float | None:
+    """Where a ratio over a share becomes more than 1, on a straight line between two points; None if never."""
+    line = sorted(line)
     if line[0][1] > 1:
         return 0.0
-    for (density, ratio), (next_density, next_ratio) in pairwise(line):
+    for (share, ratio), (next_share, next_ratio) in pairwise(line):
         if ratio <= 1 < next_ratio:
-            return density + (next_density - density) * (1 - ratio) / (next_ratio - ratio)
+            return share + (next_share - share) * (1 - ratio) / (next_ratio - ratio)
     return None
 
 

@@ -80,6 +80,8 @@ def _lines(rows: list[dict]) -> dict[tuple, list[dict]]:
     """Rows by what varies beside density; a variant that names the share kept is no line of its own."""
     lines: dict[tuple, list[dict]] = {}
     for row in rows:
-        variant = "ours" if row["variant"].startswith("kept") else row["variant"]
+        variant = row["variant"]
+        if variant.startswith("kept"):
+            variant = ", ".join(["ours", *variant.split(", ")[1:]])
         lines.setdefault((variant, row["peer"]), []).append(row)
     return lines
