@@ -68,8 +68,8 @@ def exact_scores(query, key, bias, scale):
 
 def assert_exact_support(query, key, rule, threshold, bias=None, scale=0.3, **options):
     value = torch.randn(*key.shape[:3], 8)
-    options = {"rule": rule, "threshold": threshold, "attn_bias": bias, "scale": scale, "return_support": True} | options
-    _, support = threshold_attention(query, key, value, **options)
+    options |= {"rule": rule, "threshold": threshold, "attn_bias": bias, "scale": scale}
+    _, support = threshold_attention(query, key, value, return_support=True, **options)
     scores, error = exact_scores(query, key, bias, scale)
     cut = threshold
     if rule == "relative":
@@ -124,7 +124,7 @@ def test_long_rows_within_budget(weights, sharpness):
 
 @pytest.mark.parametrize("sharpness", [0.01, 0.5])
 def test_backward_of_blocks_that_keep_most_and_of_others(sharpness):
-    """Few keys are seen by the first queries, all by the last: blocks of both kinds, and a last block that is ragged."""
+    """Few keys are seen by the first queries, all by the last: blocks of both kinds, the last one ragged."""
     query, key, value = attention_inputs(1, 4, 200, 330, 24, kv_heads=2)
     check((sharpness * query, key, value), threshold=0.05, is_causal=True, query_offset=130, enable_gqa=True)
 
