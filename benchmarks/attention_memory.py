@@ -25,6 +25,7 @@ from compsparse_kernels.testing import run_in_subprocess
 
 SIDES = ("this library", "SDPA")
 WARM_UP_LENGTH = 256
+PEAK = Path("/proc/self/clear_refs")  # "5" written to it makes the peak what is resident now
 NO_PROC = "memory is measured by /proc/self/clear_refs and /proc/self/status: this needs Linux."
 CHILD = """
 from benchmarks.attention_memory import extra_bytes
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     add_json_option(parser)
     arguments = parser.parse_args(argv)
     console = console_for(arguments.json)
-    if not Path("/proc/self/clear_refs").exists():
+    if not PEAK.exists():
         console.print(NO_PROC)
         return 2
     cases = [(length, share) for length in LENGTHS for share in KEPT.values()]
@@ -81,7 +82,7 @@ def extra_bytes(side: str, length: int, factor: float, seed: int, threads: int) 
     tensors = leaves(query, key, value)
     _forward_and_backward(attention, *(tensor[:, :, :WARM_UP_LENGTH] for tensor in (*tensors, grad)))
     _give_back_free_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    PEAK.write_text("5")
     before = _resident("VmRSS")
     results = _forward_and_backward(attention, *tensors, grad)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in results)
