@@ -23,7 +23,7 @@ NO_GPU = "torch can use no GPU here, so there is nothing to measure on cuda: run
 EXAMPLES = """suites:
   quick        some rows of each op, under half a minute
   foundation   the least speeds the library promises
-  bars         every speed the library aims at (about ten minutes with two thread counts)
+  bars         every speed the library aims at (about twenty minutes with two thread counts)
   all          everything
 
 examples:
