@@ -86,6 +86,7 @@ void expect_support(const Support<T>& support, const Exact& exact, int64_t keys,
   const int64_t rows = int64_t(exact.slopes.size());
   std::vector<T> weights(exact.weights.size());
   std::vector<uint8_t> kept(exact.kept.size());
+  std::vector<double> log_sums(rows);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t after = 0;
     for (int64_t e = support.ptr[row]; e < support.ptr[row + 1]; ++e) {
@@ -98,9 +99,11 @@ void expect_support(const Support<T>& support, const Exact& exact, int64_t keys,
       weights[row * keys + column] = support.weights[e], kept[row * keys + column] = 1;
       after = column + 1;
     }
+    log_sums[row] = exact_log_sum(exact.scores.data() + row * keys, support.columns.data() + support.ptr[row],
+                                  support.ptr[row + 1] - support.ptr[row]);
   }
   sanitize::expect_equal(weights.data(), exact.weights.data(), int64_t(weights.size()), "weights " + name);
-  sanitize::expect_equal(support.log_sums.data(), exact.log_sums.data(), rows, "log_sums " + name);
+  sanitize::expect_equal(support.log_sums.data(), log_sums.data(), rows, "log_sums " + name);
   sanitize::expect_equal(support.slopes.data(), exact.slopes.data(), rows, "slopes " + name);
   // The weights of entmax end at 0 without a step, wherever rounding says.
   if (rule == Rule::entmax || kept == exact.kept) return;

@@ -25,6 +25,7 @@ struct Shape {
   double dropout = 0;
   double step = 0, factor = 1;  // queries and keys are rounded to multiples of a step, then multiplied
   bool query_is_nan = false;    // the first of each head
+  bool keys_grow = false;       // from one panel of the index to the next
 };
 
 const Shape shapes[] = {
@@ -44,12 +45,12 @@ const Shape shapes[] = {
      .padding = true,
      .padding_is_nan = true},
     {.name = "window, negative scale",
-     .size = {1, 2, 2, 50, 150, 13, 9},
+     .size = {1, 2, 2, 50, 400, 13, 9},
      .tokens_first = true,
      .scale = -0.6,
-     .window_left = 70,
+     .window_left = 150,
      .window_right = 11,
-     .query_offset = 40},
+     .query_offset = 240},
     {.name = "ALiBi, bias of each query alone",
      .size = {2, 3, 1, 30, 300, 33, 7},
      .query_offset = 100,
@@ -75,7 +76,11 @@ const Shape shapes[] = {
      .query_offset = 150,
      .dropout = 0.4},
     {.name = "far from its keys", .size = {1, 1, 1, 8, 80, 6, 6}, .window_left = 2, .query_offset = 79},
-    {.name = "several strips", .size = {1, 2, 1, 25, 2150, 37, 5}, .tokens_first = true, .padding = true},
+    {.name = "several strips",
+     .size = {1, 2, 1, 25, 2150, 37, 5},
+     .tokens_first = true,
+     .padding = true,
+     .keys_grow = true},
     {.name = "equal scores", .size = {1, 2, 1, 40, 200, 8, 8}, .scale = 0.5, .step = 0.25},
     {.name = "too large for codes", .size = {1, 2, 1, 12, 70, 50, 6}, .factor = 1.58e18},
     {.name = "no number", .size = {1, 2, 2, 30, 140, 7, 6}, .causal = true, .query_offset = 130, .query_is_nan = true},
@@ -159,6 +164,7 @@ struct Inputs {
         key_starts(Buffer<int64_t>::copy(c.key_starts)) {
     for (int64_t h = 0; h < alibi.size(); ++h) alibi[h] *= 0.1f;
     resize(query), resize(key);
+    if (c.keys_grow) grow_keys();
     if (c.padding_is_nan) spoil_padding();
     if (c.query_is_nan) spoil_queries();
   }
@@ -225,6 +231,15 @@ struct Inputs {
   void resize(const Buffer<T>& x) {
     for (int64_t e = 0; e < x.size(); ++e)
       x[e] = T((shape.step > 0 ? nearbyint(x[e] / shape.step) * shape.step : x[e]) * shape.factor);
+  }
+
+  void grow_keys() {
+    const AttentionSizes& s = shape.size;
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t h = 0; h < s.kv_heads; ++h)
+        for (int64_t j = 0; j < s.keys; ++j)
+          for (int64_t d = 0; d < s.width; ++d)
+            key[at(keys(), b, h, j) + d] *= T(0.1 + double(j / index_panel_keys * index_panel_keys) / double(s.keys));
   }
 
   void spoil_queries() {

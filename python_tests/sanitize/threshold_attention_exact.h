@@ -12,7 +12,8 @@ namespace {
 struct Exact {
   std::vector<double> weights;  // [rows, keys], before dropout
   std::vector<uint8_t> kept;    // [rows, keys]
-  std::vector<double> out, log_sums, slopes;
+  std::vector<double> scores;   // [rows, keys]
+  std::vector<double> out, slopes;
 };
 
 // What dropout multiplies a weight by.
@@ -116,7 +117,8 @@ inline bool keep_undefined(const std::vector<double>& scores, uint8_t* kept, dou
   bool any = false;
   for (size_t j = 0; j < scores.size(); ++j) {
     if (!isnan(scores[j])) continue;
-    any = kept[j] = true;
+    any = true;
+    kept[j] = 1;
     weights[j] = NAN;
   }
   return any;
@@ -127,17 +129,17 @@ void exact_row(const Attention<T>& a, int64_t b, int64_t h, int64_t i, Exact& ex
   const int64_t keys = a.size.keys, row = (b * a.size.heads + h) * a.size.queries + i;
   const int64_t* strides = a.threshold_strides;
   const double threshold = a.thresholds ? a.thresholds[b * strides[0] + h * strides[1] + i * strides[2]] : a.threshold;
-  double *weights = exact.weights.data() + row * keys, top = -INFINITY, sum = 0;
+  double *weights = exact.weights.data() + row * keys, top = -INFINITY;
   uint8_t* kept = exact.kept.data() + row * keys;
   std::vector<double> scores(keys);
   for (int64_t j = 0; j < keys; ++j) top = fmax(top, scores[j] = exact_score(a, b, h, i, j));
+  std::copy(scores.begin(), scores.end(), exact.scores.begin() + row * keys);
   double* out = exact.out.data() + at(a.out, b, h, i);
   if (keep_undefined(scores, kept, weights)) {
-    exact.log_sums[row] = exact.slopes[row] = NAN;
+    exact.slopes[row] = NAN;
     std::fill_n(out, a.size.value_width, NAN);
     return;
   }
-  exact.log_sums[row] = -INFINITY;
   if (top == -INFINITY) return;
   if (a.rule == Rule::entmax) {
     exact_entmax(scores, top, threshold, weights);
@@ -147,8 +149,6 @@ void exact_row(const Attention<T>& a, int64_t b, int64_t h, int64_t i, Exact& ex
     for (int64_t j = 0; j < keys; ++j) kept[j] = scores[j] > -INFINITY && scores[j] >= cut;
     exact.slopes[row] = weigh_row({a.rule, a.weighting, threshold}, scores, kept, top, weights);
   }
-  for (int64_t j = 0; j < keys; ++j) sum += kept[j] ? exp(scores[j] - top) : 0;
-  exact.log_sums[row] = top + log(sum);
   const T* values = a.value.head(b, h / (a.size.heads / a.size.kv_heads));
   for (int64_t j = 0; j < keys; ++j) {
     const double share = kept[j] ? weights[j] * dropout_factor(a.seed, a.dropout, row, j) : 0;
@@ -162,10 +162,19 @@ Exact exact_forward(const Attention<T>& a) {
   const AttentionSizes& s = a.size;
   const int64_t rows = s.batch * s.heads * s.queries;
   Exact exact = {std::vector<double>(rows * s.keys), std::vector<uint8_t>(rows * s.keys),
-                 std::vector<double>(rows * s.value_width), std::vector<double>(rows), std::vector<double>(rows)};
+                 std::vector<double>(rows * s.keys), std::vector<double>(rows * s.value_width),
+                 std::vector<double>(rows)};
   for (int64_t row = 0; row < rows; ++row)
     exact_row(a, row / s.queries / s.heads, row / s.queries % s.heads, row % s.queries, exact);
   return exact;
+}
+
+// Of e^score over some columns of a row.
+inline double exact_log_sum(const double* scores, const int32_t* columns, int64_t count) {
+  double top = -INFINITY, sum = 0;
+  for (int64_t e = 0; e < count; ++e) top = fmax(top, scores[columns[e]]);
+  for (int64_t e = 0; e < count; ++e) sum += exp(scores[columns[e]] - top);
+  return top + log(sum);
 }
 
 // From the support that the kernel found. The gradients lie as the kernel's do.
