@@ -41,7 +41,7 @@ struct BackwardBuffers {
   BackwardBuffers(const AttentionKernels<T>& kernel, const AttentionSizes& size, bool dense)
       : stride(dense ? round_up(size.keys, kernel.panel_keys) : 0),
         rows(make_scratch<T>(kernel.block_queries * size.value_width)),
-        matrix(make_scratch<T>(kernel.block_queries * std::max(stride, kernel.panel_keys))),
+        matrix(make_scratch<T>(kernel.block_queries * stride)),
         block(make_scratch<T>(2 * 64 * 64)) {}
 
   AttentionBackwardScratch<T> scratch() const { return {rows.get(), matrix.get(), stride, block.get()}; }

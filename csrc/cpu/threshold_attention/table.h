@@ -105,7 +105,7 @@ struct AttentionGradient {
 template <typename T>
 struct AttentionBackwardScratch {
   T* rows;               // [block_queries, value_width]
-  T* dense;              // [block_queries, dense_stride], and no less than [block_queries, 64]
+  T* dense;              // [block_queries, dense_stride]
   int64_t dense_stride;  // keys rounded up to a whole panel
   T* block;              // [2, 64, 64]
 };
