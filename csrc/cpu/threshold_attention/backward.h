@@ -112,9 +112,9 @@ void dense_queries(const AttentionGradient<T>& g, const T* packed, int64_t b, in
     for (int64_t d = 0; d < g.size.width; ++d) query_grad[r * g.query_grad.stride + d] = 0;
   const T* keys = g.key.head(b, kv_head);
   for (int64_t key = 0; key < g.size.keys; key += kSumChain)
-    add_products<T, L, 4, Target::Rows>(scratch.dense + key, stride, number, min64(kSumChain, g.size.keys - key),
-                                        keys + key * g.key.stride, g.key.stride, g.size.width, query_grad,
-                                        g.query_grad.stride);
+    add_products<T, L, Target::Vectors, Target::Rows>(scratch.dense + key, stride, number,
+                                                      min64(kSumChain, g.size.keys - key), keys + key * g.key.stride,
+                                                      g.key.stride, g.size.width, query_grad, g.query_grad.stride);
 }
 
 template <typename T, int L>
@@ -232,8 +232,8 @@ void add_block(const AttentionGradient<T>& g, const Block<T>& block, const T* we
                int64_t width, T* sums, int64_t stride) {
   const int64_t keys = block.last - block.first;
   if (is_dense(g, block.entries, keys * block.rows))
-    return add_products<T, Target::Lanes, 4, Target::Rows>(weights, kRowsTogether, keys, block.rows, x, x_stride, width,
-                                                           sums, stride);
+    return add_products<T, Target::Lanes, Target::Vectors, Target::Rows>(weights, kRowsTogether, keys, block.rows, x,
+                                                                         x_stride, width, sums, stride);
   for (int64_t j = 0; j < keys; ++j)
     if (block.who[j])
       add_rows<T, Target::Lanes, 4>(x, x_stride, width, block.who[j], weights + j * kRowsTogether, sums + j * stride);

@@ -128,9 +128,9 @@ void dense_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, in
     for (int64_t d = 0; d < a.size.value_width; ++d) out[r * a.out.stride + d] = 0;
   const T* values = a.value.head(q.b, kv_head) + begin * a.value.stride;
   for (int64_t key = 0; key < count; key += kSumChain)
-    add_products<T, L, 4, Target::Rows>(scratch.weights + key, stride, num_rows, min64(kSumChain, count - key),
-                                        values + key * a.value.stride, a.value.stride, a.size.value_width, out,
-                                        a.out.stride);
+    add_products<T, L, Target::Vectors, Target::Rows>(scratch.weights + key, stride, num_rows,
+                                                      min64(kSumChain, count - key), values + key * a.value.stride,
+                                                      a.value.stride, a.size.value_width, out, a.out.stride);
   if (!scratch.with_support) return;
   for (int64_t r = 0; r < num_rows; ++r) {
     T* weights = scratch.weights + r * stride;

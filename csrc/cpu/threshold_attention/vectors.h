@@ -45,8 +45,15 @@ COMPSPARSE_INLINE T sum_lanes(Vec<T, L> v) {
     return sum_lanes<T, L / 2>(lower_half<T, L>(v) + upper_half<T, L>(v));
 }
 
+// The second where one of the two is no number. The compiler makes two instructions of what is one.
 template <typename T, int L>
 COMPSPARSE_INLINE Vec<T, L> larger(Vec<T, L> a, Vec<T, L> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4 && L == 16) return (Vec<T, L>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(T) == 4 && L == 8) return (Vec<T, L>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -106,10 +113,39 @@ COMPSPARSE_INLINE Vec<T, L> keep_lanes(Vec<T, L> v, uint32_t bits) {
   if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8)
     return (Vec<T, L>)_mm512_mask_mov_pd((__m512d)hidden, bits, (__m512d)v);
 #endif
-  Vec<T, L> kept = hidden;
-  for (int i = 0; i < L; ++i) kept[i] = bits >> i & 1 ? v[i] : hidden[i];
-  return kept;
+  using Int = typename ExpConstants<T>::Int;
+  Vec<Int, L> bit;
+  COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) bit[i] = Int(1) << i;
+  return (bit & Int(bits)) != 0 ? v : hidden;
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of eight lanes those whose bit is set, in order, then the others.
+struct CompressOrders {
+  uint8_t lanes[256][8] = {};
+
+  constexpr CompressOrders() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int at = 0;
+      for (int set = 1; set >= 0; --set)
+        for (int lane = 0; lane < 8; ++lane)
+          if ((bits >> lane & 1) == set) lanes[bits][at++] = uint8_t(lane);
+    }
+  }
+};
+
+alignas(64) constexpr CompressOrders kCompressOrders;
+
+COMPSPARSE_INLINE __m256i compress_order(uint32_t bits) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompressOrders.lanes[bits])));
+}
+
+// Each of four bits twice.
+COMPSPARSE_INLINE uint32_t doubled_bits(uint32_t bits) {
+  bits = (bits | bits << 2) & 0x33;
+  return ((bits | bits << 1) & 0x55) * 3;
+}
+#endif
 
 // Writes the lanes whose bit is set, and returns how many; up to L elements of `to` are overwritten.
 template <typename T, int L>
@@ -126,6 +162,12 @@ COMPSPARSE_INLINE int64_t compress(Vec<T, L> v, uint32_t bits, T* to) {
     _mm256_storeu_ps(reinterpret_cast<float*>(to), _mm256_maskz_compress_ps(bits, (__m256)v));
     return __builtin_popcount(bits);
   }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) * L == 32) {
+    const __m256i order = compress_order(sizeof(T) == 4 ? bits : doubled_bits(bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32((__m256i)v, order));
+    return __builtin_popcount(bits);
+  }
 #endif
   int64_t n = 0;
   for (; bits; bits &= bits - 1) to[n++] = v[__builtin_ctz(bits)];
@@ -139,6 +181,12 @@ COMPSPARSE_INLINE void compress_columns(int32_t first, uint32_t bits, int32_t* t
   if constexpr (L <= 16) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(bits, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (L <= 8) {
+    const __m256i columns = _mm256_add_epi32(compress_order(bits), _mm256_set1_epi32(first));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), columns);
     return;
   }
 #endif
@@ -238,6 +286,14 @@ COMPSPARSE_INLINE void sums_of_four(const Vec<T, L>* v, T* to) {
                  high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
     const __m512 quarters = _mm512_add_ps(low, high);  // of v[0] v[1] v[2] v[3], in each 128 bits
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4 && L == 8) {
+    const __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 halves = _mm256_hadd_ps(ab, cd);  // of v[0] v[1] v[2] v[3], in each 128 bits
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
     return;
   }
