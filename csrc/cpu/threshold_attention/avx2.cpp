@@ -1,9 +1,9 @@
-#include "kernel.h"
+#include "indexed.h"
 
 namespace compsparse {
 
-extern const AttentionTable attention_avx2 = {
-    attention_kernels<float, Target<8, 12, 2>>(),
+extern constinit const AttentionTable attention_avx2 = {
+    indexed_kernels<Target<8, 12, 2>>(),
     attention_kernels<double, Target<4, 12, 2>>(),
 };
 

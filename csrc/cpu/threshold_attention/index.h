@@ -12,8 +12,6 @@
 // with which every comparison fails, and so it drops nothing.
 #pragma once
 
-#include <immintrin.h>
-
 #include "bounds.h"
 #include "table.h"
 #include "vectors.h"
@@ -39,37 +37,45 @@ struct CodeBounds {
   }
 };
 
-// x -> codes times the scale that is returned; write(d, sixteen codes) stores some, those beyond the width are 0.
-template <class Write>
-float encode(const float* x, int64_t width, CodeBounds& bounds, const Write& write) {
-  const auto some = [&](int64_t d) {
-    const int64_t left = width - d;
-    return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : (1u << left) - 1, x + d);
-  };
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t d = 0; d < width; d += 16) most = _mm512_max_ps(_mm512_abs_ps(some(d)), most);  // NaN has no part
-  const float largest = _mm512_reduce_max_ps(most);
-  const float scale = largest < __builtin_inff() ? largest / float(kLargestCode) : 0;
-  const float inverse = scale >= Rounding<float>::smallest_normal ? 1 / scale : 0;
-  const __m512d step = _mm512_set1_pd(scale);
-  __m512d size = _mm512_setzero_pd(), error = size, norm = size;
-  for (int64_t d = 0; d < width; d += 16) {
-    const __m512 value = some(d);
-    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(largest), _CMP_LE_OQ);
-    const __m512i code = _mm512_maskz_cvtps_epi32(finite, _mm512_mul_ps(value, _mm512_set1_ps(inverse)));
-    write(d, _mm512_cvtsepi32_epi8(code));
-    COMPSPARSE_UNROLL for (int half = 0; half < 2; ++half) {
-      const __m512d exact = _mm512_cvtps_pd(half ? _mm512_extractf32x8_ps(value, 1) : _mm512_castps512_ps256(value));
-      const __m256i codes8 = half ? _mm512_extracti32x8_epi32(code, 1) : _mm512_castsi512_si256(code);
-      const __m512d stored = _mm512_mul_pd(_mm512_cvtepi32_pd(codes8), step), off = _mm512_sub_pd(exact, stored);
-      size = _mm512_fmadd_pd(stored, stored, size);
-      error = _mm512_fmadd_pd(off, off, error);
-      norm = _mm512_fmadd_pd(exact, exact, norm);
-    }
+// NaN has no part.
+template <int L>
+float largest_size(const float* x, int64_t width) {
+  const auto size = [](Vec<float, L> v) { return v < 0 ? -v : v; };
+  Vec<float, L> most = {};
+  int64_t d = 0;
+  for (; d + L <= width; d += L) most = larger<float, L>(size(load<float, L>(x + d)), most);
+  if (d < width) most = larger<float, L>(size(load_partial<float, L>(x + d, width - d)), most);
+  return max_lanes<float, L>(most);
+}
+
+// Adds what `count` numbers and what is stored for them are to the sums of squares of each.
+template <int L>
+COMPSPARSE_INLINE void add_squares(Vec<float, L> x, Vec<float, L> codes, double step, Vec<double, L>& size,
+                                   Vec<double, L>& error, Vec<double, L>& norm) {
+  const Vec<double, L> exact = __builtin_convertvector(x, Vec<double, L>);
+  const Vec<double, L> stored = __builtin_convertvector(codes, Vec<double, L>) * step, off = exact - stored;
+  size += stored * stored;
+  error += off * off;
+  norm += exact * exact;
+}
+
+// x -> codes times `step`; write(d, L codes) stores some, those beyond the width are 0. What no code can stand for is
+// stored as 0, and the error is what it is.
+template <int L, class Write>
+CodeBounds encode(const float* x, int64_t width, float step, const Write& write) {
+  constexpr float Rounder = 0x1.8p23f;  // added and taken away again, it rounds to an integer
+  const float inverse = step >= Rounding<float>::smallest_normal && step < __builtin_inff() ? 1 / step : 0;
+  Vec<double, L> size = {}, error = {}, norm = {};
+  for (int64_t d = 0; d < width; d += L) {
+    const Vec<float, L> value = d + L <= width ? load<float, L>(x + d) : load_partial<float, L>(x + d, width - d);
+    const Vec<float, L> rounded = (value * inverse + Rounder) - Rounder;
+    const auto stands = (rounded >= -float(kLargestCode)) & (rounded <= float(kLargestCode));
+    const Vec<float, L> codes = stands ? rounded : Vec<float, L>{};
+    write(d, __builtin_convertvector(__builtin_convertvector(codes, Vec<int32_t, L>), Vec<int8_t, L>));
+    add_squares<L>(value, codes, double(step), size, error, norm);
   }
-  const auto root = [](__m512d squares) { return __builtin_sqrt(_mm512_reduce_add_pd(squares)) * kUp; };
-  bounds = {root(size), root(error), root(norm)};
-  return scale;
+  const auto root_of = [](Vec<double, L> squares) { return __builtin_sqrt(sum_lanes<double, L>(squares)) * kUp; };
+  return {root_of(size), root_of(error), root_of(norm)};
 }
 
 // A panel: codes [width / 4][keys][4] with 128 added to each, then a scale for each key, then the bounds of all.
@@ -90,21 +96,22 @@ inline void start_panel(uint8_t* panel, int64_t width) {
 }
 
 // Keys `which` of an index, one after another from `keys` on. The first of a panel makes it new.
-inline void pack_index(const float* keys, int64_t stride, int64_t width, Range which, uint8_t* index) {
+template <int L>
+void pack_index(const float* keys, int64_t stride, int64_t width, Range which, uint8_t* index) {
   const int64_t padded = padded_width(width);
   for (int64_t key = which.begin; key < which.end; ++key, keys += stride) {
     const int64_t lane = key % index_panel_keys;
     uint8_t* panel = index + key / index_panel_keys * index_panel_bytes(width);
     if (lane == 0) start_panel(panel, width);
-    CodeBounds bound;
-    const float scale = encode(keys, width, bound, [&](int64_t d, __m128i codes) {
-      int32_t fours[4];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(fours), _mm_xor_si128(codes, _mm_set1_epi8(-128)));
-      for (int64_t i = 0; i < 4 && d + 4 * i < padded; ++i)
+    const float step = largest_size<L>(keys, width) / float(kLargestCode);
+    const CodeBounds bounds = encode<L>(keys, width, step, [&](int64_t d, Vec<int8_t, L> codes) {
+      int32_t fours[L / 4];
+      store<uint8_t, L>(reinterpret_cast<uint8_t*>(fours), (Vec<uint8_t, L>)codes ^ uint8_t(128));
+      for (int64_t i = 0; i < L / 4 && d + 4 * i < padded; ++i)
         __builtin_memcpy(panel + (d + 4 * i) * index_panel_keys + 4 * lane, fours + i, 4);
     });
-    const_cast<float*>(scales_of(panel, width))[lane] = scale;
-    const_cast<CodeBounds&>(bounds_of(panel, width)).include(bound);
+    const_cast<float*>(scales_of(panel, width))[lane] = step;
+    const_cast<CodeBounds&>(bounds_of(panel, width)).include(bounds);
   }
 }
 
@@ -118,16 +125,16 @@ struct CodedQuery {
   double error(const CodeBounds& keys) const { return per_size * keys.size + (per_error * keys.error + constant); }
 };
 
-// `largest` are the bounds over all keys. A query whose scores might overflow is stored as 0, an error like any other.
-inline CodedQuery encode_query(const float* query, int64_t width, double scale, double alibi, const CodeBounds& largest,
-                               int8_t* codes) {
+// In units of `step`; `largest` are the bounds over all keys. A query whose scores might overflow is stored as 0, an
+// error like any other.
+template <int L>
+CodedQuery encode_query(const float* query, int64_t width, float step, double scale, double alibi,
+                        const CodeBounds& largest, int8_t* codes) {
   const int64_t padded = padded_width(width);
-  CodeBounds bounds;
-  const float unit = encode(query, width, bounds, [&](int64_t d, __m128i some) {
-    const int64_t left = padded - d;
-    _mm_mask_storeu_epi8(codes + d, left >= 16 ? 0xffff : (1u << left) - 1, some);
+  CodeBounds bounds = encode<L>(query, width, step, [&](int64_t d, Vec<int8_t, L> some) {
+    store_partial<int8_t, L>(codes + d, some, padded - d);
   });
-  float factor = float(scale * unit);
+  float factor = float(scale * step);
   const double most = __builtin_fabs(scale) * (bounds.norm + bounds.error) * largest.size;
   if (!(most < 1e37 && __builtin_fabsf(factor) < 1e37f && largest.size < 1e37)) {
     for (int64_t d = 0; d < padded; ++d) codes[d] = 0;

@@ -8,64 +8,16 @@
 //   of refine    kernel.h, with their small error, and all goes on as there.
 #pragma once
 
-#include <immintrin.h>
-
-#include "finish.h"
-#include "index.h"
-#include "tiles.h"
+#include "code_tiles.h"
+#include "kernel.h"
 
 namespace {
 
-constexpr int64_t kIndexLanes = 16, kIndexVectors = 4, kIndexRows = 6;
-static_assert(index_panel_keys == kIndexLanes * kIndexVectors);
+constexpr int64_t kIndexVectors = index_panel_keys / kIndexLanes;
 constexpr int64_t kIndexStrip = strip_keys<float>();
 // With more candidates than this share a block of queries is computed faster by tiles of full precision.
 constexpr double kMostCandidates = 0.5;
 constexpr int64_t kSampledPanels = 4;
-
-// sum += four products of bytes, unsigned and signed, in each lane. By the intrinsic gcc 12 copies the sum back and
-// forth, and takes twice the time.
-COMPSPARSE_INLINE void add_products(__m512i& sum, __m512i key, __m512i query) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(key), "v"(query));
-}
-
-// scores[m][0 .. 64) = M queries against one panel of codes
-template <int M>
-__attribute__((noinline)) void code_tile(const int8_t* codes, const CodedQuery* queries, int64_t padded,
-                                         const uint8_t* panel, float* scores) {
-  __m512i acc[M][kIndexVectors];
-  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) acc[m][r] =
-      _mm512_set1_epi32(queries[m].correction);
-  for (int64_t d = 0; d < padded; d += kCodesTogether, panel += index_panel_keys * kCodesTogether) {
-    __m512i key[kIndexVectors];
-    COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) key[r] = _mm512_loadu_si512(panel + 64 * r);
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      int32_t four;
-      __builtin_memcpy(&four, codes + m * padded + d, 4);
-      const __m512i query = _mm512_set1_epi32(four);
-      COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) add_products(acc[m][r], key[r], query);
-    }
-  }
-  const auto* scales = reinterpret_cast<const float*>(panel);
-  COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) {
-    const __m512 scale = _mm512_loadu_ps(scales + r * kIndexLanes);
-    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][r]), scale);
-      _mm512_storeu_ps(scores + m * score_stride<float>() + r * kIndexLanes,
-                       _mm512_mul_ps(product, _mm512_set1_ps(queries[m].factor)));
-    }
-  }
-}
-
-template <int M>
-void code_rows(const int8_t* codes, const CodedQuery* queries, int64_t count, int64_t padded, const uint8_t* panel,
-               float* scores) {
-  for (; count >= M; count -= M, codes += M * padded, queries += M, scores += M * score_stride<float>())
-    code_tile<M>(codes, queries, padded, panel, scores);
-  if constexpr (M > 1) {
-    if (count > 0) code_rows<M / 2>(codes, queries, count, padded, panel, scores);
-  }
-}
 
 // Below this screened score a key whose score may be off by `error` certainly is not in the support. Finite, so that
 // masked keys (-inf) are under it.
@@ -76,22 +28,25 @@ inline float drop_below(const QueryState<float>& q, double reached, double error
 
 // The largest score less its error, of `count` keys; what is not a number has no part.
 inline double certainly_reached(const float* scores, int64_t count, const double* errors) {
-  const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-  __m512 best[kIndexVectors] = {lowest, lowest, lowest, lowest};
+  constexpr int Chains = 4;  // of comparisons, which hide their latency
+  using Scores = Vec<float, kIndexLanes>;
+  Scores best[Chains];
+  COMPSPARSE_UNROLL for (int c = 0; c < Chains; ++c) best[c] = Scores{} - __builtin_inff();
   double largest_error = 0;
   for (int64_t j = 0; j < count; j += index_panel_keys) {
     const double error = errors[j / index_panel_keys];
     if (!(error < double(__FLT_MAX__))) continue;
     largest_error = error > largest_error ? error : largest_error;
-    const __m512 less = _mm512_set1_ps(float(error * (1 + 0x1p-22)));
-    COMPSPARSE_UNROLL for (int r = 0; r < kIndexVectors; ++r) {
-      if (j + r * kIndexLanes >= count) break;
-      const __m512 some = _mm512_loadu_ps(scores + j + r * kIndexLanes);
-      best[r] = _mm512_max_ps(_mm512_sub_ps(some, less), best[r]);  // the second where one is not a number
+    const float less = float(error * (1 + 0x1p-22));
+    COMPSPARSE_UNROLL for (int v = 0; v < kIndexVectors; ++v) {
+      if (j + v * kIndexLanes >= count) break;
+      const Scores some = load<float, kIndexLanes>(scores + j + v * kIndexLanes) - less;
+      best[v % Chains] = larger<float, kIndexLanes>(some, best[v % Chains]);  // the second where one is not a number
     }
   }
-  best[0] = _mm512_max_ps(_mm512_max_ps(best[0], best[1]), _mm512_max_ps(best[2], best[3]));
-  const double top = _mm512_reduce_max_ps(best[0]);
+  const Scores first = larger<float, kIndexLanes>(best[0], best[1]),
+               second = larger<float, kIndexLanes>(best[2], best[3]);
+  const double top = max_lanes<float, kIndexLanes>(larger<float, kIndexLanes>(first, second));
   return top - 8 * Rounding<float>::unit * (__builtin_fabs(top) + largest_error);
 }
 
@@ -152,7 +107,7 @@ inline int64_t append_columns(int32_t first, uint64_t bits, int32_t* to) {
     return number;
   }
   for (int64_t v = 0, at = 0; v < kIndexVectors; ++v, bits >>= kIndexLanes) {
-    const uint32_t some = bits & 0xffff;
+    const uint32_t some = bits & ((1u << kIndexLanes) - 1);
     compress_columns<kIndexLanes>(first + int32_t(v * kIndexLanes), some, to + at);
     at += __builtin_popcount(some);
   }
@@ -209,8 +164,8 @@ bool forward_indexed(const Attention<float>& a, int64_t b, int64_t h, Range quer
   double reached[kBlockQueries];
   for (int64_t r = 0; r < num_rows; ++r) {
     rows[r].error = error_of(a, rows[r], all.norm);
-    coded[r] =
-        encode_query(rows[r].query, width, a.scale, most_alibi(rows[r]), all, scratch.codes + r * padded_width(width));
+    coded[r] = encode_query<kIndexLanes>(rows[r].query, width, query_step(rows[r].query, width), a.scale,
+                                         most_alibi(rows[r]), all, scratch.codes + r * padded_width(width));
     reached[r] = -__builtin_inf();
     scratch.counts[r] = 0;
   }
@@ -241,6 +196,14 @@ bool forward_indexed(const Attention<float>& a, int64_t b, int64_t h, Range quer
     finish_row<float, Target>(a, rows[r], r, scratch);
   }
   return true;
+}
+
+template <class Target>
+constexpr AttentionKernels<float> indexed_kernels() {
+  AttentionKernels<float> kernels = attention_kernels<float, Target>();
+  kernels.forward_indexed = forward_indexed<Target>;
+  kernels.pack_index = pack_index<kIndexLanes>;
+  return kernels;
 }
 
 }  // namespace

@@ -290,11 +290,15 @@ COMPSPARSE_INLINE void sums_of_four(const Vec<T, L>* v, T* to) {
     return;
   }
 #endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(T) == 4 && L == 8) {
-    const __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
-    const __m256 halves = _mm256_hadd_ps(ab, cd);  // of v[0] v[1] v[2] v[3], in each 128 bits
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#if defined(__AVX__)
+  if constexpr (sizeof(T) == 4 && L == 8) {  // in the order of sum_lanes
+    const auto halves = [](__m256 a, __m256 b) {
+      return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    };
+    const __m256 ab = halves((__m256)v[0], (__m256)v[1]), cd = halves((__m256)v[2], (__m256)v[3]);
+    const __m256 pairs = _mm256_add_ps(_mm256_unpacklo_ps(ab, cd), _mm256_unpackhi_ps(ab, cd));
+    const __m256 sums = _mm256_add_ps(pairs, _mm256_permute_ps(pairs, 0x4e));  // of v[0] v[2], v[1] v[3]
+    _mm_storeu_ps(to, _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
     return;
   }
 #endif

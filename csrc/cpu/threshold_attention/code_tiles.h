@@ -1,0 +1,135 @@
+// Products of a few queries' codes with a panel of 64 keys' codes, exact in 32-bit integers, and the scores they make.
+#pragma once
+
+#include <immintrin.h>
+
+#include "index.h"
+#include "tiles.h"
+
+namespace {
+
+#if defined(__AVX512VNNI__)
+
+constexpr int kIndexLanes = 16, kIndexRows = 6;
+
+inline float query_step(const float* query, int64_t width) {
+  return largest_size<kIndexLanes>(query, width) / float(kLargestCode);
+}
+
+// sum += four products of bytes, unsigned and signed, in each lane. By the intrinsic gcc 12 copies the sum back and
+// forth, and takes twice the time.
+COMPSPARSE_INLINE void add_products(__m512i& sum, __m512i key, __m512i query) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(key), "v"(query));
+}
+
+// scores[m][0 .. 64) = M queries against one panel of codes
+template <int M>
+__attribute__((noinline)) void code_tile(const int8_t* codes, const CodedQuery* queries, int64_t padded,
+                                         const uint8_t* panel, float* scores) {
+  constexpr int Vectors = index_panel_keys / kIndexLanes;
+  __m512i acc[M][Vectors];
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < Vectors; ++r) acc[m][r] =
+      _mm512_set1_epi32(queries[m].correction);
+  for (int64_t d = 0; d < padded; d += kCodesTogether, panel += index_panel_keys * kCodesTogether) {
+    __m512i key[Vectors];
+    COMPSPARSE_UNROLL for (int r = 0; r < Vectors; ++r) key[r] = _mm512_loadu_si512(panel + 64 * r);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+      int32_t four;
+      __builtin_memcpy(&four, codes + m * padded + d, 4);
+      const __m512i query = _mm512_set1_epi32(four);
+      COMPSPARSE_UNROLL for (int r = 0; r < Vectors; ++r) add_products(acc[m][r], key[r], query);
+    }
+  }
+  const auto* scales = reinterpret_cast<const float*>(panel);
+  COMPSPARSE_UNROLL for (int r = 0; r < Vectors; ++r) {
+    const __m512 scale = _mm512_loadu_ps(scales + r * kIndexLanes);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][r]), scale);
+      _mm512_storeu_ps(scores + m * score_stride<float>() + r * kIndexLanes,
+                       _mm512_mul_ps(product, _mm512_set1_ps(queries[m].factor)));
+    }
+  }
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kIndexLanes = 8, kIndexRows = 3;
+
+// Products of pairs are added up in 16 bits, two steps of four codes at a time, and a key's code is 255 at most: so the
+// sizes of the codes that meet there may sum up to no more than 128, two of them rounding's.
+inline float query_step(const float* query, int64_t width) {
+  constexpr float Most = 125.5f;
+  float most = 0;
+  for (int64_t d = 0; d < width; d += 2 * kCodesTogether)
+    for (int64_t pair = d; pair < d + kCodesTogether; pair += 2) {
+      const int64_t met[4] = {pair, pair + 1, pair + kCodesTogether, pair + kCodesTogether + 1};
+      float sum = 0;
+      for (int64_t at : met)
+        if (at < width) sum += __builtin_fabsf(query[at]);
+      most = larger_of(most, sum);
+    }
+  return most / Most;
+}
+
+// Sums of pairs of products in 16 bits.
+COMPSPARSE_INLINE __m256i pair_products(__m256i key, const int8_t* codes) {
+  int32_t four;
+  __builtin_memcpy(&four, codes, 4);
+  return _mm256_maddubs_epi16(key, _mm256_set1_epi32(four));
+}
+
+// scores[m][0 .. 8 R) = M queries against R vectors of keys of a panel of codes
+template <int M, int R>
+COMPSPARSE_INLINE void code_tile_part(const int8_t* codes, const CodedQuery* queries, int64_t padded,
+                                      const uint8_t* panel, const float* scales, float* scores) {
+  constexpr int64_t Step = index_panel_keys * kCodesTogether;
+  const __m256i ones = _mm256_set1_epi16(1);
+  const auto keys = [](const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); };
+  __m256i acc[M][R];
+  COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) acc[m][r] =
+      _mm256_set1_epi32(queries[m].correction);
+  int64_t d = 0;
+  for (; d + 2 * kCodesTogether <= padded; d += 2 * kCodesTogether, panel += 2 * Step) {
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+      const __m256i first = pair_products(keys(panel + 32 * r), codes + m * padded + d);
+      const __m256i second = pair_products(keys(panel + Step + 32 * r), codes + m * padded + d + kCodesTogether);
+      acc[m][r] = _mm256_add_epi32(acc[m][r], _mm256_madd_epi16(_mm256_add_epi16(first, second), ones));
+    }
+  }
+  if (d < padded) COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+      const __m256i last = pair_products(keys(panel + 32 * r), codes + m * padded + d);
+      acc[m][r] = _mm256_add_epi32(acc[m][r], _mm256_madd_epi16(last, ones));
+    }
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
+    const __m256 scale = _mm256_loadu_ps(scales + r * kIndexLanes);
+    COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
+      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[m][r]), scale);
+      _mm256_storeu_ps(scores + m * score_stride<float>() + r * kIndexLanes,
+                       _mm256_mul_ps(product, _mm256_set1_ps(queries[m].factor)));
+    }
+  }
+}
+
+// scores[m][0 .. 64) = M queries against one panel of codes
+template <int M>
+__attribute__((noinline)) void code_tile(const int8_t* codes, const CodedQuery* queries, int64_t padded,
+                                         const uint8_t* panel, float* scores) {
+  constexpr int Vectors = 2;
+  const auto* scales = reinterpret_cast<const float*>(panel + index_panel_keys * padded);
+  for (int64_t key = 0; key < index_panel_keys; key += Vectors * kIndexLanes)
+    code_tile_part<M, Vectors>(codes, queries, padded, panel + kCodesTogether * key, scales + key, scores + key);
+}
+
+#endif
+
+template <int M>
+void code_rows(const int8_t* codes, const CodedQuery* queries, int64_t count, int64_t padded, const uint8_t* panel,
+               float* scores) {
+  for (; count >= M; count -= M, codes += M * padded, queries += M, scores += M * score_stride<float>())
+    code_tile<M>(codes, queries, padded, panel, scores);
+  if constexpr (M > 1) {
+    if (count > 0) code_rows<M / 2>(codes, queries, count, padded, panel, scores);
+  }
+}
+
+}  // namespace
