@@ -26,28 +26,55 @@ inline float drop_below(const QueryState<float>& q, double reached, double error
   return x >= -double(__FLT_MAX__) ? float(x) : -__FLT_MAX__;
 }
 
-// The largest score less its error, of `count` keys; what is not a number has no part.
+// The largest of up to 64 scores, lane by lane; what is not a number has no part.
+COMPSPARSE_INLINE Vec<float, kIndexLanes> largest_of_panel(const float* scores, int64_t count) {
+  Vec<float, kIndexLanes> best = Vec<float, kIndexLanes>{} - __builtin_inff(), other = best;
+  COMPSPARSE_UNROLL for (int v = 0; v < kIndexVectors; v += 2) {
+    if (v * kIndexLanes >= count) break;
+    best = larger<float, kIndexLanes>(load<float, kIndexLanes>(scores + v * kIndexLanes), best);
+    if ((v + 1) * kIndexLanes >= count) break;
+    other = larger<float, kIndexLanes>(load<float, kIndexLanes>(scores + (v + 1) * kIndexLanes), other);
+  }
+  return larger<float, kIndexLanes>(best, other);
+}
+
+// The largest score less its error, of `count` keys.
 inline double certainly_reached(const float* scores, int64_t count, const double* errors) {
-  constexpr int Chains = 4;  // of comparisons, which hide their latency
-  using Scores = Vec<float, kIndexLanes>;
-  Scores best[Chains];
-  COMPSPARSE_UNROLL for (int c = 0; c < Chains; ++c) best[c] = Scores{} - __builtin_inff();
+  Vec<float, kIndexLanes> best = Vec<float, kIndexLanes>{} - __builtin_inff();
   double largest_error = 0;
   for (int64_t j = 0; j < count; j += index_panel_keys) {
     const double error = errors[j / index_panel_keys];
     if (!(error < double(__FLT_MAX__))) continue;
     largest_error = error > largest_error ? error : largest_error;
-    const float less = float(error * (1 + 0x1p-22));
-    COMPSPARSE_UNROLL for (int v = 0; v < kIndexVectors; ++v) {
-      if (j + v * kIndexLanes >= count) break;
-      const Scores some = load<float, kIndexLanes>(scores + j + v * kIndexLanes) - less;
-      best[v % Chains] = larger<float, kIndexLanes>(some, best[v % Chains]);  // the second where one is not a number
-    }
+    best = larger<float, kIndexLanes>(largest_of_panel(scores + j, count - j) - float(error * (1 + 0x1p-22)), best);
   }
-  const Scores first = larger<float, kIndexLanes>(best[0], best[1]),
-               second = larger<float, kIndexLanes>(best[2], best[3]);
-  const double top = max_lanes<float, kIndexLanes>(larger<float, kIndexLanes>(first, second));
+  const double top = max_lanes<float, kIndexLanes>(best);
   return top - 8 * Rounding<float>::unit * (__builtin_fabs(top) + largest_error);
+}
+
+// Bit i is set unless scores[i] < bound, of up to 64.
+COMPSPARSE_INLINE uint64_t candidates_of_panel(const float* scores, int64_t count, float bound) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (count >= index_panel_keys) {
+    const auto undecided = [&](int v) {
+      const __m256 some = _mm256_loadu_ps(scores + 8 * v);
+      return _mm256_castps_si256(_mm256_cmp_ps(some, _mm256_set1_ps(bound), _CMP_NLT_UQ));
+    };
+    const auto half = [&](int v) {  // packing goes by 128 bits: fours of the four vectors in turn
+      const __m256i pairs = _mm256_packs_epi32(undecided(v), undecided(v + 1));
+      const __m256i fours = _mm256_packs_epi16(pairs, _mm256_packs_epi32(undecided(v + 2), undecided(v + 3)));
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      return uint32_t(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(fours, order)));
+    };
+    return half(0) | uint64_t(half(4)) << 32;
+  }
+#endif
+  uint64_t bits = 0;
+  for (int64_t v = 0; v < min64(kIndexVectors, ceil_div(count, kIndexLanes)); ++v) {
+    const Vec<float, kIndexLanes> some = load<float, kIndexLanes>(scores + v * kIndexLanes);
+    bits |= uint64_t(not_below<float, kIndexLanes>(some, bound)) << (v * kIndexLanes);
+  }
+  return bits;
 }
 
 // Panels of a strip for the queries of a block: products of codes, then bias and masks.
@@ -124,11 +151,7 @@ inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& str
   int64_t found = 0;
   for (int64_t j = 0; j < count; j += index_panel_keys) {
     const float least = drop_below(q, reached, errors[j / index_panel_keys]);
-    uint64_t bits = 0;
-    for (int64_t v = 0; v < min64(kIndexVectors, ceil_div(count - j, kIndexLanes)); ++v) {
-      const Vec<float, kIndexLanes> some = load<float, kIndexLanes>(scores + j + v * kIndexLanes);
-      bits |= uint64_t(not_below<float, kIndexLanes>(some, least)) << (v * kIndexLanes);
-    }
+    const uint64_t bits = candidates_of_panel(scores + j, count - j, least);
     found += append_columns(int32_t(first + j), bits, columns + found);
   }
   return found;
