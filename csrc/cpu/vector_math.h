@@ -38,23 +38,49 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
 };
 
-// e^x = 2^n e^r, for x up to where it overflows; gradual underflow and NaN included.
+// e^x = 2^n e^r -> e^r; `shifted` has n in its lowest bits.
 template <typename T, int L>
-COMPSPARSE_INLINE Vec<T, L> exp_below_overflow(Vec<T, L> x) {
+COMPSPARSE_INLINE Vec<T, L> reduced_exp(Vec<T, L> x, Vec<T, L>& shifted) {
   using C = ExpConstants<T>;
-  using Ints = Vec<typename C::Int, L>;
-  x = x < C::lowest ? Vec<T, L>{} + C::lowest : x;
-  const Vec<T, L> shifted = x * T(1.44269504088896340736) + C::shifter, n = shifted - C::shifter;
+  shifted = x * T(1.44269504088896340736) + C::shifter;
+  const Vec<T, L> n = shifted - C::shifter;
   const Vec<T, L> r = x - n * C::ln2_high - n * C::ln2_low;
   T factorial = 1;
   T inverse[C::terms + 1] = {1};
   COMPSPARSE_UNROLL for (int k = 1; k <= C::terms; ++k) inverse[k] = 1 / (factorial *= T(k));
   Vec<T, L> p = Vec<T, L>{} + inverse[C::terms];
   COMPSPARSE_UNROLL for (int k = C::terms - 1; k >= 0; --k) p = p * r + inverse[k];
+  return p;
+}
+
+// For x up to where it overflows; gradual underflow and NaN included.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> exp_below_overflow(Vec<T, L> x) {
+  using C = ExpConstants<T>;
+  using Ints = Vec<typename C::Int, L>;
+  Vec<T, L> shifted;
+  const Vec<T, L> p = reduced_exp<T, L>(x < C::lowest ? Vec<T, L>{} + C::lowest : x, shifted);
   // Two factors, since neither 2^128 nor the least subnormal is a power the exponent bits can hold.
   const Ints exponent = (Ints)shifted - (Ints)(Vec<T, L>{} + C::shifter), half = exponent >> 1;
   const auto power_of_two = [](Ints e) { return (Vec<T, L>)((e + C::exponent_bias) << C::mantissa_bits); };
   return p * power_of_two(half) * power_of_two(exponent - half);
+}
+
+// For x <= 0; gradual underflow and NaN included. What is 0 is made so without arithmetic that underflows: that takes
+// many processors a hundred steps.
+template <typename T, int L>
+COMPSPARSE_INLINE Vec<T, L> exp_of_negative(Vec<T, L> x) {
+  using C = ExpConstants<T>;
+  using Ints = Vec<typename C::Int, L>;
+  const auto nothing = x < C::lowest;
+  Vec<T, L> shifted;
+  const Vec<T, L> p = reduced_exp<T, L>(nothing ? Vec<T, L>{} : x, shifted);
+  // 2^(n + bias / 2), an ordinary number for any n here; only n is left of the lowest bits of `shifted`.
+  constexpr int more = C::exponent_bias / 2;
+  constexpr typename C::Int base = typename C::Int(C::exponent_bias + more) << C::mantissa_bits;
+  const Vec<T, L> power = (Vec<T, L>)(((Ints)shifted << C::mantissa_bits) + base);
+  constexpr T back = sizeof(T) == 4 ? T(0x1p-63) : T(0x1p-511);
+  return nothing ? Vec<T, L>{} : p * power * back;
 }
 
 template <typename T, int L>

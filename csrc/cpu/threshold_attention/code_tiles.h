@@ -59,16 +59,15 @@ constexpr int kIndexLanes = 8, kIndexRows = 3;
 // sizes of the codes that meet there may sum up to no more than 128, two of them rounding's.
 inline float query_step(const float* query, int64_t width) {
   constexpr float Most = 125.5f;
-  float most = 0;
-  for (int64_t d = 0; d < width; d += 2 * kCodesTogether)
-    for (int64_t pair = d; pair < d + kCodesTogether; pair += 2) {
-      const int64_t met[4] = {pair, pair + 1, pair + kCodesTogether, pair + kCodesTogether + 1};
-      float sum = 0;
-      for (int64_t at : met)
-        if (at < width) sum += __builtin_fabsf(query[at]);
-      most = larger_of(most, sum);
-    }
-  return most / Most;
+  __m256 most = _mm256_setzero_ps();
+  for (int64_t d = 0; d < width; d += kIndexLanes) {
+    const bool whole = d + kIndexLanes <= width;
+    const auto some = whole ? load<float, 8>(query + d) : load_partial<float, 8>(query + d, width - d);
+    const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)some);
+    const __m256 pairs = _mm256_add_ps(sizes, _mm256_permute_ps(sizes, 0xb1));  // each with its neighbour
+    most = _mm256_max_ps(_mm256_add_ps(pairs, _mm256_permute2f128_ps(pairs, pairs, 1)), most);
+  }
+  return max_lanes<float, 8>((Vec<float, 8>)most) / Most;
 }
 
 // Sums of pairs of products in 16 bits.

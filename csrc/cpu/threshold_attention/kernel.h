@@ -88,22 +88,40 @@ void direct_block(const Attention<T>& a, const T* keys_of_head, QueryState<T>* r
   for (int64_t r = 0; r < num_rows; ++r) finish_row<T, Target>(a, rows[r], r, scratch);
 }
 
+// Scores [0, count) of one row -> the same, -inf where a key is dropped, and the columns kept, where they are wanted.
+// Returns how many. decide(vector, where it lies) -> bits.
+template <typename T, int L, class Decide>
+int64_t keep_in_place(T* scores, int64_t count, int64_t first, int32_t* columns, const Decide& decide) {
+  int64_t kept = 0;
+  for (int64_t j = 0; j < count; j += L) {
+    const Vec<T, L> some = load<T, L>(scores + j);
+    const uint32_t bits = decide(some, j);
+    store<T, L>(scores + j, keep_lanes<T, L>(some, bits));
+    if (!columns) continue;
+    compress_columns<L>(int32_t(first + j), bits, columns + kept);
+    kept += count_bits(bits);
+  }
+  return kept;
+}
+
 // Scores of one row of the keys [begin, begin + count) -> weights in place, 0 where a key is dropped.
 template <typename T, int L>
 void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t begin, int64_t count, T* scores,
                      const AttentionScratch<T>& scratch) {
   const int64_t seen = finish_scores<T, L>(a, q, begin, count, scores);
+  int32_t* columns = scratch.with_support ? scratch.columns + r * scratch.row_capacity : nullptr;
   q.top = largest_score<T, L>(scores, seen);
-  const auto column = [&](int64_t at) { return begin + at; };
-  const RowDecision<T, L, decltype(column)> keeps(a, q, scores, seen, column);
-  int32_t* columns = scratch.columns + r * scratch.row_capacity;
-  int64_t kept = 0;
-  for (int64_t j = 0; j < seen; j += L) {
-    const Vec<T, L> some = load<T, L>(scores + j);
-    const uint32_t bits = keeps(some, j);
-    store<T, L>(scores + j, keep_lanes<T, L>(some, bits));
-    if (scratch.with_support) compress_columns<L>(int32_t(begin + j), bits, columns + kept);
-    kept += count_bits(bits);
+  const CutBounds<T> known = bounds_of_cut(q);
+  uint32_t open = 0;  // where the bounds don't decide: hardly ever
+  int64_t kept = keep_in_place<T, L>(scores, seen, begin, columns, [&](Vec<T, L> some, int64_t) {
+    const uint32_t bits = not_below<T, L>(some, known.least);
+    open |= (bits & ~not_below<T, L>(some, known.enough)) | unordered<T, L>(some);
+    return bits;
+  });
+  if (open) {
+    const auto column = [&](int64_t at) { return begin + at; };
+    const RowDecision<T, L, decltype(column)> keeps(a, q, scores, seen, column);
+    kept = keep_in_place<T, L>(scores, seen, begin, columns, keeps);
   }
   const RowSums<T> sums = weigh<T, L>(a, q, scores, seen, q.from_top ? q.top : largest_of(scores, seen));
   for (int64_t j = round_up(seen, L); j < count; ++j) scores[j] = 0;

@@ -96,7 +96,7 @@ int64_t keep_mass(const QueryState<T>& q, int32_t* columns, T* scores, int64_t c
   T* masses = spare + row_capacity;
   double total = 0;
   for (int64_t e = 0; e < count; e += L) {
-    const Vec<T, L> mass = exp_below_overflow<T, L>(load<T, L>(scores + e) - q.top);
+    const Vec<T, L> mass = exp_of_negative<T, L>(load<T, L>(scores + e) - q.top);
     store<T, L>(masses + e, mass);
     store<T, L>(spare + e, load<T, L>(scores + e));
     for (int lane = 0; lane < L; ++lane) total += double(mass[lane]);

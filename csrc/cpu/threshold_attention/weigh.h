@@ -36,19 +36,36 @@ class LongSum {
   int number_ = 0;
 };
 
+// By the inverse, where it is a number.
 template <typename T, int L>
 void divide(T* x, int64_t count, T divisor) {
-  for (int64_t e = 0; e < count; e += L) store<T, L>(x + e, load<T, L>(x + e) / divisor);
+  const T inverse = 1 / divisor;
+  if (inverse < __builtin_inf())
+    for (int64_t e = 0; e < count; e += L) store<T, L>(x + e, load<T, L>(x + e) * inverse);
+  else
+    for (int64_t e = 0; e < count; e += L) store<T, L>(x + e, load<T, L>(x + e) / divisor);
 }
 
 // In place. What is -inf gets weight 0, and so does the rest of the last vector.
 template <typename T, int L>
-RowSums<T> softmax(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
-  T base = 0;
-  if (a.weighting == Weighting::shrink) base = T(q.from_top ? q.threshold : __builtin_exp(q.threshold - double(top)));
+RowSums<T> softmax(T* scores, int64_t count, T top) {
+  LongSum<T, L> total;
+  for (int64_t e = 0; e < count; e += L) {
+    const Vec<T, L> weight = exp_of_negative<T, L>(load<T, L>(scores + e) - top);
+    store<T, L>(scores + e, weight);
+    total.add(weight);
+  }
+  const T sum = T(total.total());
+  if (sum != 0) divide<T, L>(scores, count, sum);
+  return {log_of_sum(top, total.total()), 0};
+}
+
+template <typename T, int L>
+RowSums<T> shrink(const QueryState<T>& q, T* scores, int64_t count, T top) {
+  const T base = T(q.from_top ? q.threshold : __builtin_exp(q.threshold - double(top)));
   LongSum<T, L> all, total;
   for (int64_t e = 0; e < count; e += L) {
-    const Vec<T, L> share = exp_below_overflow<T, L>(load<T, L>(scores + e) - top), height = share - base;
+    const Vec<T, L> share = exp_of_negative<T, L>(load<T, L>(scores + e) - top), height = share - base;
     const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;  // NaN stays
     store<T, L>(scores + e, weight);
     all.add(share);
@@ -68,7 +85,7 @@ RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
     const Vec<T, L> score = load<T, L>(scores + e), height = score - from - cut;
     const Vec<T, L> weight = height < 0 ? Vec<T, L>{} : height;
     store<T, L>(scores + e, weight);
-    all.add(exp_below_overflow<T, L>(score - top));
+    all.add(exp_of_negative<T, L>(score - top));
     total.add(weight);
   }
   const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
@@ -80,8 +97,14 @@ RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
 template <typename T, int L>
 RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
   if (!(top > -__builtin_inf())) top = 0;  // nothing is kept, or what is no number
-  return a.weighting == Weighting::rectified ? rectified<T, L>(q, scores, count, top)
-                                             : softmax<T, L>(a, q, scores, count, top);
+  switch (a.weighting) {
+    case Weighting::rectified:
+      return rectified<T, L>(q, scores, count, top);
+    case Weighting::shrink:
+      return shrink<T, L>(q, scores, count, top);
+    default:
+      return softmax<T, L>(scores, count, top);
+  }
 }
 
 }  // namespace
