@@ -48,16 +48,38 @@ float largest_size(const float* x, int64_t width) {
   return max_lanes<float, L>(most);
 }
 
-// Adds what `count` numbers and what is stored for them are to the sums of squares of each.
+// Small integers as bytes.
 template <int L>
-COMPSPARSE_INLINE void add_squares(Vec<float, L> x, Vec<float, L> codes, double step, Vec<double, L>& size,
-                                   Vec<double, L>& error, Vec<double, L>& norm) {
-  const Vec<double, L> exact = __builtin_convertvector(x, Vec<double, L>);
-  const Vec<double, L> stored = __builtin_convertvector(codes, Vec<double, L>) * step, off = exact - stored;
-  size += stored * stored;
-  error += off * off;
-  norm += exact * exact;
+COMPSPARSE_INLINE Vec<int8_t, L> to_bytes(Vec<float, L> x) {
+#if defined(__AVX2__)
+  if constexpr (L == 8) {
+    const __m256i words = _mm256_cvtps_epi32((__m256)x);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+    return load<int8_t, 8>(reinterpret_cast<const int8_t*>(&bytes));
+  }
+#endif
+  return __builtin_convertvector(__builtin_convertvector(x, Vec<int32_t, L>), Vec<int8_t, L>);
 }
+
+// Sums of squares, by lanes.
+template <int L>
+struct Squares {
+  Vec<double, L> size = {}, error = {}, norm = {};
+
+  COMPSPARSE_INLINE void add(Vec<float, L> x, Vec<float, L> codes, double step) {
+    const Vec<double, L> exact = __builtin_convertvector(x, Vec<double, L>);
+    const Vec<double, L> stored = __builtin_convertvector(codes, Vec<double, L>) * step, off = exact - stored;
+    size += stored * stored;
+    error += off * off;
+    norm += exact * exact;
+  }
+
+  CodeBounds roots() const {
+    const auto root_of = [](Vec<double, L> squares) { return root(sum_lanes<double, L>(squares)) * kUp; };
+    return {root_of(size), root_of(error), root_of(norm)};
+  }
+};
 
 // x -> codes times `step`; write(d, L codes) stores some, those beyond the width are 0. What no code can stand for is
 // stored as 0, and the error is what it is.
@@ -65,17 +87,17 @@ template <int L, class Write>
 CodeBounds encode(const float* x, int64_t width, float step, const Write& write) {
   constexpr float Rounder = 0x1.8p23f;  // added and taken away again, it rounds to an integer
   const float inverse = step >= Rounding<float>::smallest_normal && step < __builtin_inff() ? 1 / step : 0;
-  Vec<double, L> size = {}, error = {}, norm = {};
+  Squares<L / 2> squares;
   for (int64_t d = 0; d < width; d += L) {
     const Vec<float, L> value = d + L <= width ? load<float, L>(x + d) : load_partial<float, L>(x + d, width - d);
     const Vec<float, L> rounded = (value * inverse + Rounder) - Rounder;
     const auto stands = (rounded >= -float(kLargestCode)) & (rounded <= float(kLargestCode));
     const Vec<float, L> codes = stands ? rounded : Vec<float, L>{};
-    write(d, __builtin_convertvector(__builtin_convertvector(codes, Vec<int32_t, L>), Vec<int8_t, L>));
-    add_squares<L>(value, codes, double(step), size, error, norm);
+    write(d, to_bytes<L>(codes));
+    squares.add(lower_half<float, L>(value), lower_half<float, L>(codes), double(step));
+    squares.add(upper_half<float, L>(value), upper_half<float, L>(codes), double(step));
   }
-  const auto root_of = [](Vec<double, L> squares) { return __builtin_sqrt(sum_lanes<double, L>(squares)) * kUp; };
-  return {root_of(size), root_of(error), root_of(norm)};
+  return squares.roots();
 }
 
 // A panel: codes [width / 4][keys][4] with 128 added to each, then a scale for each key, then the bounds of all.
@@ -105,10 +127,9 @@ void pack_index(const float* keys, int64_t stride, int64_t width, Range which, u
     if (lane == 0) start_panel(panel, width);
     const float step = largest_size<L>(keys, width) / float(kLargestCode);
     const CodeBounds bounds = encode<L>(keys, width, step, [&](int64_t d, Vec<int8_t, L> codes) {
-      int32_t fours[L / 4];
-      store<uint8_t, L>(reinterpret_cast<uint8_t*>(fours), (Vec<uint8_t, L>)codes ^ uint8_t(128));
-      for (int64_t i = 0; i < L / 4 && d + 4 * i < padded; ++i)
-        __builtin_memcpy(panel + (d + 4 * i) * index_panel_keys + 4 * lane, fours + i, 4);
+      const Vec<uint8_t, L> shifted = (Vec<uint8_t, L>)codes ^ uint8_t(128);
+      COMPSPARSE_UNROLL for (int i = 0; i < L; i += 4) if (d + i < padded) __builtin_memcpy(
+          panel + (d + i) * index_panel_keys + 4 * lane, reinterpret_cast<const uint8_t*>(&shifted) + i, 4);
     });
     const_cast<float*>(scales_of(panel, width))[lane] = step;
     const_cast<CodeBounds&>(bounds_of(panel, width)).include(bounds);
