@@ -105,6 +105,25 @@ def test_no_survivor_is_lost(flavours, queries, keys, width, choice, hidden, see
     assert_exact_support(query, key, *choice, bias)
 
 
+@pytest.mark.parametrize("width", [4, 5, 8, 64, 67, 256])
+@pytest.mark.parametrize("pattern", ["equal", "alternating", "first of eight", "pairs"])
+def test_codes_of_the_largest_size(pattern, width):
+    """All numbers of a token are equal in size, or a few are all there is: sums of products of codes are the largest
+    that the screen can meet."""
+    place = torch.arange(width)
+    query = {
+        "equal": torch.ones(width),
+        "alternating": 1.0 - 2.0 * (place % 2),
+        "first of eight": (place % 8 == 0).float(),
+        "pairs": (place // 2 % 2 == 0).float(),
+    }[pattern]
+    key = query * (1 + 1e-4 * torch.arange(300)[:, None])
+    key[::3] *= -1  # whose codes are the smallest
+    key[1] = query.sign()
+    assert_exact_support(query.expand(1, 1, 30, width), key[None, None], "relative", 0.999, scale=1.0)
+    assert_exact_support(-query.expand(1, 1, 30, width), key[None, None], "relative", 0.999, scale=1.0)
+
+
 @pytest.mark.parametrize("keys", [256, 2048, 5000])
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 20.0])  # nearly all are kept, some, hardly any
 @pytest.mark.parametrize("queries", [1, 8, 9, 50])
