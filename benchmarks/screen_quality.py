@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from rich.table import Table
 
@@ -20,15 +21,17 @@ from benchmarks import attention_kinds as kinds
 from benchmarks.attention_kinds import HEADS, THRESHOLD, WIDTH
 from benchmarks.system import describe_run
 from compsparse_kernels.cli.output import add_json_option, console_for, write_json
+from compsparse_kernels.ops import cpu_isa
 
 LENGTHS = (1024, 4096)
 SHARES = (0.002, 0.01, 0.05, 0.15, 0.4)
 QUERIES = 240  # of each head that are screened: whole blocks
 ALLOWED = 5.0  # points that may be lost
 
-# As in the sources: index_panel_keys, kIndexStrip, kBlockQueries, kSampledPanels, kMostCandidates, kLargestCode.
-PANEL, STRIP, BLOCK, SAMPLED_PANELS, MOST_CANDIDATES = 64, 2048, 24, 4, 0.5
+# As in the sources: index_panel_keys, kBlockQueries, kSampledPanels, kMostCandidates, kLargestCode.
+PANEL, BLOCK, SAMPLED_PANELS, MOST_CANDIDATES = 64, 24, 4, 0.5
 LARGEST_CODE = 127
+MOST_TOGETHER = 125.5  # of the sizes of a query's codes that meet in a sum of 16 bits, on AVX2
 UNIT = 2.0**-24
 
 
@@ -76,14 +79,23 @@ class Codes:
     norm: torch.Tensor  # |x|
 
 
-def encode(x: torch.Tensor) -> Codes:
-    """As ``encode`` of index.h, of finite float32 vectors."""
-    scale = x.abs().amax(-1) / LARGEST_CODE
+def encode(x: torch.Tensor, scale: torch.Tensor | None = None) -> Codes:
+    """As ``encode`` of index.h, of finite float32 vectors; in units of ``scale``, or as a key is."""
+    if scale is None:
+        scale = x.abs().amax(-1) / LARGEST_CODE
     inverse = torch.where(scale > 0, 1 / scale, 0)
     codes = (x * inverse.unsqueeze(-1)).round().double()
     scale = scale.double()
     stored = codes * scale.unsqueeze(-1)
     return Codes(codes, scale, stored.norm(dim=-1), (x.double() - stored).norm(dim=-1), x.double().norm(dim=-1))
+
+
+def query_step(query: torch.Tensor, isa: str | None) -> torch.Tensor:
+    """As ``query_step`` of code_tiles.h: on AVX2, products of four codes are added up in 16 bits."""
+    if isa != "avx2":
+        return query.abs().amax(-1) / LARGEST_CODE
+    eights = F.pad(query.abs(), (0, -query.shape[-1] % 8)).unflatten(-1, (-1, 2, 2, 2))
+    return eights.sum((-1, -3)).flatten(-2).amax(-1) / MOST_TOGETHER
 
 
 @dataclass(frozen=True)
@@ -92,32 +104,24 @@ class Screened:
     sampled: torch.Tensor  # [..., queries]: the share of candidates in the panels that are looked at first
 
 
-def screen(query: torch.Tensor, key: torch.Tensor, scale: float, cut: float) -> Screened:
-    """The keys that the screen of indexed.h can't exclude, for a support of all scores from the largest + ``cut`` on.
+def screen(query: torch.Tensor, key: torch.Tensor, scale: float, cut: float, isa: str | None = None) -> Screened:
+    """The keys that the screen of indexed.h can't exclude, for a support of all scores from the largest + ``cut`` on;
+    by the kernels of an instruction set, or of those in use.
 
-    A score less its error is certainly reached. The largest of these, of some panels all over the keys and of the
-    strips so far, is the bound that a key of the next strip is held against.
+    A score less its error is certainly reached. The largest of these is the bound that keys are held against; at
+    first that of some panels all over the keys, whose share of candidates tells whether the screen is worth it.
     """
-    q, k = encode(query), encode(key)
+    q, k = encode(query, query_step(query, isa or cpu_isa())), encode(key)
     scores = (q.codes @ k.codes.mT) * k.scale.unsqueeze(-2) * (scale * q.scale.unsqueeze(-1))
-    sizes, errors = (_largest_of_panels(tensor).unsqueeze(-2) for tensor in (k.size, k.error))
-    per_size = q.error + 6 * UNIT * (q.norm + q.error)
-    error = scale * (per_size.unsqueeze(-1) * sizes + q.norm.unsqueeze(-1) * errors)  # [..., queries, panels]
-    error = error.repeat_interleave(PANEL, -1)[..., : key.shape[-2]]
+    per_size = q.error + 8 * UNIT * (q.norm + q.error)
+    error = scale * (per_size.unsqueeze(-1) * k.size.unsqueeze(-2) + q.norm.unsqueeze(-1) * k.error.unsqueeze(-2))
     certain = scores - error
     sampled = _sampled_keys(key.shape[-2])
     reached = certain[..., sampled].amax(-1, keepdim=True)
     found = scores[..., sampled] >= reached + cut - error[..., sampled]
-    candidates = []
-    for first in range(0, key.shape[-2], STRIP):
-        strip = slice(first, first + STRIP)
-        reached = reached.maximum(certain[..., strip].amax(-1, keepdim=True))
-        candidates.append(scores[..., strip] >= reached + cut - error[..., strip])
-    return Screened(torch.cat(candidates, -1), found.double().mean(-1))
-
-
-def _largest_of_panels(bounds: torch.Tensor) -> torch.Tensor:
-    return torch.stack([panel.amax(-1) for panel in bounds.split(PANEL, -1)], -1)
+    # What an earlier strip leaves is held against the bound of the whole row at last.
+    reached = reached.maximum(certain.amax(-1, keepdim=True))
+    return Screened(scores >= reached + cut - error, found.double().mean(-1))
 
 
 def _sampled_keys(keys: int) -> list[int]:

@@ -16,20 +16,21 @@ CUT = -4.0
 
 
 def test_constants_are_those_of_the_source():
-    source = "".join((SOURCES / name).read_text() for name in ("table.h", "tiles.h", "query.h", "indexed.h", "index.h"))
+    names = ("table.h", "query.h", "indexed.h", "index.h", "code_tiles.h")
+    source = "".join((SOURCES / name).read_text() for name in names)
 
     def constant(name):
-        return float(re.search(rf"\b{name} =\s+([0-9.]+);", source)[1])
+        return float(re.search(rf"\b{name} =\s+([0-9.]+)f?;", source)[1])
 
     assert constant("index_panel_keys") == quality.PANEL
-    assert constant("kStripBytes") / 4 == quality.STRIP  # floats
     assert constant("kBlockQueries") == quality.BLOCK
     assert constant("kSampledPanels") == quality.SAMPLED_PANELS
     assert constant("kMostCandidates") == quality.MOST_CANDIDATES
     assert constant("kLargestCode") == quality.LARGEST_CODE
+    assert constant("kMostTogether") == quality.MOST_TOGETHER
 
 
-@pytest.mark.skipif(cpu_isa() != "avx512_bf16", reason="the kernels of this processor have no index")
+@pytest.mark.skipif(cpu_isa() not in ("avx2", "avx512_bf16"), reason="the kernels of this processor have no index")
 @pytest.mark.parametrize("width", [64, 30])
 def test_codes_and_bounds_are_those_of_the_index(width):
     key = random_tensor(1, 1, 100, width)
@@ -41,8 +42,11 @@ def test_codes_and_bounds_are_those_of_the_index(width):
         mine = slice(first, first + count)
         codes = panel[: padded * quality.PANEL].view(-1, quality.PANEL, 4).transpose(0, 1).reshape(quality.PANEL, -1)
         assert torch.equal(codes[:count, :width].double() - 128, ours.codes[mine])
-        scales = panel[padded * quality.PANEL :][: 4 * quality.PANEL].view(torch.float32)
-        assert torch.equal(scales[:count].double(), ours.scale[mine])
+        scales, sizes, errors = panel[padded * quality.PANEL : -64].view(torch.float32).view(3, -1)[:, :count].double()
+        assert torch.equal(scales, ours.scale[mine])
+        for rounded, exact in ((sizes, ours.size[mine]), (errors, ours.error[mine])):
+            assert (rounded >= exact).all()
+            torch.testing.assert_close(rounded, exact, rtol=2.0**-21, atol=2.0**-125)
         bounds = panel[-64:-40].view(torch.float64)
         largest = torch.stack([bound[mine].max() for bound in (ours.size, ours.error, ours.norm)])
         torch.testing.assert_close(bounds, largest, rtol=2.0**-39, atol=0)  # the kernel's are rounded up by 2^-40
@@ -51,34 +55,25 @@ def test_codes_and_bounds_are_those_of_the_index(width):
 
 def one_by_one(query, key, scale):
     """Candidates by the same rule, a key at a time in plain numbers."""
-    q, k = quality.encode(query), quality.encode(key)
+    q, k = quality.encode(query, quality.query_step(query, cpu_isa())), quality.encode(key)
     keys, chosen = len(key), torch.zeros(len(query), len(key), dtype=torch.bool)
-    panels = [range(first, min(first + quality.PANEL, keys)) for first in range(0, keys, quality.PANEL)]
 
     def score(i, j):
         return float(q.codes[i] @ k.codes[j] * k.scale[j] * scale * q.scale[i])
 
-    def error(i, panel):
-        per_size = float(q.error[i] + 6 * quality.UNIT * (q.norm[i] + q.error[i]))
-        return scale * (per_size * max(k.size[j] for j in panel) + q.norm[i] * max(k.error[j] for j in panel))
+    def error(i, j):
+        per_size = float(q.error[i] + 8 * quality.UNIT * (q.norm[i] + q.error[i]))
+        return scale * float(per_size * k.size[j] + q.norm[i] * k.error[j])
 
-    samples = (
-        [panels[(2 * s + 1) * len(panels) // 8] for s in range(4)] if len(panels) >= 8 else [panels[len(panels) // 2]]
-    )
     for i in range(len(query)):
-        reached = max(score(i, j) - error(i, panel) for panel in samples for j in panel)
-        for first in range(0, len(panels), quality.STRIP // quality.PANEL):
-            strip = panels[first : first + quality.STRIP // quality.PANEL]
-            reached = max([reached, *(score(i, j) - error(i, panel) for panel in strip for j in panel)])
-            for panel in strip:
-                for j in panel:
-                    chosen[i, j] = score(i, j) >= reached + CUT - error(i, panel)
+        reached = max(score(i, j) - error(i, j) for j in range(keys))
+        for j in range(keys):
+            chosen[i, j] = score(i, j) >= reached + CUT - error(i, j)
     return chosen
 
 
 @pytest.mark.parametrize("keys", [100, 600])
-def test_screen_is_the_rule_one_key_at_a_time(keys, monkeypatch):
-    monkeypatch.setattr(quality, "STRIP", 128)  # so that there are several
+def test_screen_is_the_rule_one_key_at_a_time(keys):
     query, key = 4 * random_tensor(5, 16), random_tensor(keys, 16, seed=1)
     candidates = quality.screen(query, key, 0.25, CUT).candidates
     assert torch.equal(candidates, one_by_one(query, key, 0.25)) and 0 < int(candidates.sum()) < candidates.numel()
@@ -88,9 +83,8 @@ def test_vectors_that_codes_hold_exactly_lose_nothing():
     query, key = (torch.randint(-126, 127, (2, 100, 32)).float() for _ in range(2))
     query[..., 0], key[..., 0] = 127, 127
     scores = query.double() @ key.double().mT * 2.0**-12
-    assert torch.equal(
-        quality.screen(query, key, 2.0**-12, CUT).candidates, scores >= scores.amax(-1, keepdim=True) + CUT
-    )
+    screened = quality.screen(query, key, 2.0**-12, CUT, "avx512_bf16")
+    assert torch.equal(screened.candidates, scores >= scores.amax(-1, keepdim=True) + CUT)
 
 
 def test_blocks_that_fall_back():

@@ -157,9 +157,9 @@ AT_ONE = "whose weights would all be 0 at 1), got 1.0"
         (
             {"index": torch.zeros(3)},
             ValueError,
-            "index: expected uint8 tensor [2, 4, 1, 832], as torch.ops.",
+            "index: expected uint8 tensor [2, 4, 1, 1344], as torch.ops.",
         ),
-        ({"index": 3}, TypeError, "index: expected uint8 tensor [2, 4, 1, 832]"),
+        ({"index": 3}, TypeError, "index: expected uint8 tensor [2, 4, 1, 1344]"),
     ],
 )
 def test_errors_of_choices(options, error, message):
@@ -323,7 +323,7 @@ def test_errors_of_devices():
         ({"attn_bias": meta > 0}, "attn_bias"),
         ({"attn_bias": meta}, "attn_bias"),
         ({"alibi_slopes": meta[:4]}, "alibi_slopes"),
-        ({"index": torch.zeros(2, 4, 1, 832, dtype=torch.uint8, device="meta")}, "index"),
+        ({"index": torch.zeros(2, 4, 1, 1344, dtype=torch.uint8, device="meta")}, "index"),
         ({"key_padding_mask": meta.expand(2, 6) > 0}, "key_padding_mask"),
     ):
         with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu, like query, got one on meta"):

@@ -140,10 +140,10 @@ def threshold_attention_index_(index, key, first):
 
 
 def index_shape(key):
-    """Panels of keys, each with codes of four numbers together, a scale a key, and three bounds in float64."""
+    """Panels of keys, each with codes of four numbers together, three floats a key, and three bounds in float64."""
     batch, heads, keys, width = key.shape
-    codes = INDEX_PANEL * (-(-width // 4) * 4 + 4)
-    return batch, heads, -(-keys // INDEX_PANEL), codes + 64
+    numbers = INDEX_PANEL * (-(-width // 4) * 4 + 12)
+    return batch, heads, -(-keys // INDEX_PANEL), numbers + 64
 
 
 def sum_dtype(query):

@@ -8,8 +8,12 @@
 // times what it is multiplied with later. So, before the bias is added,
 //   |x - s| <= |scale| (|q - q^| |k^| + |q| |k - k^| + 6 u (|q| + |q - q^|) |k^|) + 2^-125 (1 + |factor| + |q8| |k^|).
 // Errors and norms are those of the vectors as they were stored, computed in double and rounded up, whatever the
-// scales. What ALiBi takes adds 4 u of itself, as in bounds.h. A vector that is not finite has no error bound: NaN,
-// with which every comparison fails, and so it drops nothing.
+// scales; each key has its own. What ALiBi takes adds 4 u of itself, as in bounds.h. A vector that is not finite has no
+// error bound: NaN or infinity, with which every comparison fails, and so it drops nothing.
+//
+// What is kept of a score is the most that it may be, fl(x + error), the error in float and rounded up. That sum's own
+// rounding, where a bias may cancel it later, is at most u (|x| + error): two u more of (|q| + |q - q^|) |k^| and
+// 2^-20 of the error.
 #pragma once
 
 #include "bounds.h"
@@ -24,7 +28,7 @@ constexpr int64_t kCodesTogether = 4;  // codes that one instruction multiplies 
 constexpr double kLargestCode = 127;
 constexpr double kUp = 1 + 0x1p-40;  // more than a few thousand roundings in double
 
-// What is known of a stored vector, or the largest of each over a panel of them.
+// What is known of a stored vector, or the largest of each over some of them.
 struct CodeBounds {
   double size = 0;   // |x^|
   double error = 0;  // |x - x^|
@@ -36,6 +40,9 @@ struct CodeBounds {
     norm = larger_or_nan(norm, other.norm);
   }
 };
+
+// A float that is no less than x >= 0.
+inline float float_above(double x) { return float(x * (1 + 0x1p-22) + 0x1p-126); }
 
 // NaN has no part.
 template <int L>
@@ -100,7 +107,8 @@ CodeBounds encode(const float* x, int64_t width, float step, const Write& write)
   return squares.roots();
 }
 
-// A panel: codes [width / 4][keys][4] with 128 added to each, then a scale for each key, then the bounds of all.
+// A panel: codes [width / 4][keys][4] with 128 added to each; of each key the scale, and the size and the error of what
+// is stored; then the bounds of all.
 inline int64_t padded_width(int64_t width) { return round_up(width, kCodesTogether); }
 
 inline const float* scales_of(const uint8_t* panel, int64_t width) {
@@ -108,7 +116,7 @@ inline const float* scales_of(const uint8_t* panel, int64_t width) {
 }
 
 inline const CodeBounds& bounds_of(const uint8_t* panel, int64_t width) {
-  return *reinterpret_cast<const CodeBounds*>(scales_of(panel, width) + index_panel_keys);
+  return *reinterpret_cast<const CodeBounds*>(scales_of(panel, width) + 3 * index_panel_keys);
 }
 
 inline void start_panel(uint8_t* panel, int64_t width) {
@@ -131,19 +139,26 @@ void pack_index(const float* keys, int64_t stride, int64_t width, Range which, u
       COMPSPARSE_UNROLL for (int i = 0; i < L; i += 4) if (d + i < padded) __builtin_memcpy(
           panel + (d + i) * index_panel_keys + 4 * lane, reinterpret_cast<const uint8_t*>(&shifted) + i, 4);
     });
-    const_cast<float*>(scales_of(panel, width))[lane] = step;
+    float* of_key = const_cast<float*>(scales_of(panel, width)) + lane;
+    of_key[0] = step;
+    of_key[index_panel_keys] = float_above(bounds.size);
+    of_key[2 * index_panel_keys] = float_above(bounds.error);
     const_cast<CodeBounds&>(bounds_of(panel, width)).include(bounds);
   }
 }
 
-// A query of the screen: its codes lie elsewhere.
+// A query of the screen: its codes lie elsewhere. x may lie from a key's score by
+// per_size * size + (per_error * error + constant).
 struct CodedQuery {
   float factor;        // of a product of codes, beside the key's scale
   int32_t correction;  // what the 128 added to the key's codes adds to a product
-  double per_size, per_error, constant;
+  float per_size, per_error, constant;
 
-  // How far x may lie from the score of a key of the panel, before the bias is added.
-  double error(const CodeBounds& keys) const { return per_size * keys.size + (per_error * keys.error + constant); }
+  // No less than that of any key within the bounds, as computed in float.
+  double error(const CodeBounds& keys) const {
+    const double size = float_above(keys.size), error = float_above(keys.error);
+    return (per_size * size + (per_error * error + constant)) * (1 + 0x1p-20);
+  }
 };
 
 // In units of `step`; `largest` are the bounds over all keys. A query whose scores might overflow is stored as 0, an
@@ -164,11 +179,12 @@ CodedQuery encode_query(const float* query, int64_t width, float step, double sc
   }
   int32_t sum = 0, squares = 0;
   for (int64_t d = 0; d < padded; ++d) sum += codes[d], squares += codes[d] * codes[d];
-  const double size = __builtin_fabs(scale) * kUp, underflow = 0x1p-125 * kUp;
+  const double size = __builtin_fabs(scale) * (1 + 0x1p-19), underflow = 0x1p-125 * kUp;
   return {factor, -128 * sum,
-          size * (bounds.error + 6 * Rounding<float>::unit * (bounds.norm + bounds.error)) +
-              underflow * __builtin_sqrt(double(squares)),
-          size * bounds.norm, underflow * (1 + __builtin_fabs(double(factor))) + 4 * Rounding<float>::unit * alibi};
+          float_above(size * (bounds.error + 8 * Rounding<float>::unit * (bounds.norm + bounds.error)) +
+                      underflow * __builtin_sqrt(double(squares))),
+          float_above(size * bounds.norm),
+          float_above(underflow * (1 + __builtin_fabs(double(factor))) + 4 * Rounding<float>::unit * alibi)};
 }
 
 }  // namespace

@@ -81,6 +81,11 @@ QueryState<T> start_query(const Attention<T>& a, int64_t b, int64_t h, int64_t i
   return q;
 }
 
+template <typename T>
+bool sees_all(const QueryState<T>& q, Range keys) {
+  return q.sight.first <= keys.begin && keys.end <= q.sight.end;
+}
+
 // The most that ALiBi takes from a score.
 template <typename T>
 double most_alibi(const QueryState<T>& q) {

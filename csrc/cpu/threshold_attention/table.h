@@ -135,9 +135,9 @@ struct AttentionTable {
   AttentionKernels<double> f64;
 };
 
-// An index [panels] of so many keys each: codes [width / 4][keys][4], a float scale for each key, bounds.
+// An index [panels] of so many keys each: codes [width / 4][keys][4], three floats for each key, bounds (index.h).
 constexpr int64_t index_panel_keys = 64;
-constexpr int64_t index_panel_bytes(int64_t width) { return index_panel_keys * ((width + 3) / 4 * 4 + 4) + 64; }
+constexpr int64_t index_panel_bytes(int64_t width) { return index_panel_keys * ((width + 3) / 4 * 4 + 12) + 64; }
 
 extern const AttentionTable attention_scalar, attention_avx2, attention_avx512;
 extern const AttentionKernels<float> attention_avx512_bf16;
