@@ -55,9 +55,10 @@ RowSums<T> softmax(T* scores, int64_t count, T top) {
     store<T, L>(scores + e, weight);
     total.add(weight);
   }
-  const T sum = T(total.total());
-  if (sum != 0) divide<T, L>(scores, count, sum);
-  return {log_of_sum(top, total.total()), 0};
+  const T sum = T(total.total()), log_sum = log_of_sum(top, total.total());
+  if (sum == 0) return {log_sum, 0};
+  divide<T, L>(scores, count, sum);
+  return {log_sum, 0 / sum};  // no number where the weights are none
 }
 
 template <typename T, int L>
