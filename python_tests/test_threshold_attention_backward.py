@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compsparse_kernels import threshold_attention
 from compsparse_kernels.ops.threshold_attention import reference
 from compsparse_kernels.testing import attention_inputs
 from python_tests.attention import (
@@ -111,3 +112,12 @@ def test_keys_that_nobody_keeps_may_hold_anything():
         tensor[:, :, 6:] = torch.nan
     ours = reference.threshold_attention_backward(*backward_arguments(grad, arguments, support))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.01])  # few keys are kept, and most
+def test_values_without_width_pass_no_gradient(threshold):
+    query, key, _ = attention_inputs(1, 2, 30, 70, 5, grad=True)
+    value = torch.zeros(1, 2, 70, 0, requires_grad=True)
+    out = threshold_attention(query, key, value, threshold=threshold)
+    grads = torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)

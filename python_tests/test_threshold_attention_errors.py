@@ -317,6 +317,38 @@ def test_errors_of_nested_tensors():
         assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"is_causal": "yes"}, TypeError, "is_causal: expected a bool, got str"),
+        ({"is_causal": 1}, TypeError, "is_causal: expected a bool, got int"),
+        ({"enable_gqa": None}, TypeError, "enable_gqa: expected a bool, got NoneType"),
+        ({"window": 2**63}, ValueError, f"window: expected an int of 64 bits, got {2**63}"),
+        ({"window": (0, 2**70)}, ValueError, f"window: expected an int of 64 bits, got {2**70}"),
+        ({"query_offset": -(2**64)}, ValueError, f"query_offset: expected an int of 64 bits, got -{2**64}"),
+        ({"scale": 10**400}, ValueError, "scale: expected a finite number, got 1000"),
+        ({"threshold": 10**400, "rule": "absolute"}, ValueError, "threshold: expected a finite number, got 1000"),
+        ({"threshold": 10**400, "rule": "topk"}, ValueError, "threshold: expected an int of at least 1"),
+        ({"attn_bias": (torch.zeros(5, 6) > 0).to_sparse()}, TypeError, "attn_bias: expected a dense (strided) tensor"),
+        ({"key_padding_mask": (torch.zeros(2, 6) > 0).to_sparse()}, TypeError, "key_padding_mask: expected a dense"),
+        ({"alibi_slopes": torch.ones(4).to_sparse()}, TypeError, "alibi_slopes: expected a dense (strided) tensor"),
+        ({"threshold": torch.full((4,), 0.1).to_sparse()}, TypeError, "threshold: expected a dense (strided) tensor"),
+    ],
+)
+def test_errors_of_flags_sizes_and_layouts(options, error, message):
+    with pytest.raises(error) as raised:
+        threshold_attention(Q, K, V, **({"threshold": 0.1} | options))
+    assert message in str(raised.value)
+
+
+def test_errors_of_bounds_without_data():
+    bounds = torch.tensor([0, 6])
+    with pytest.raises(ValueError, match="cu_seqlens_k: expected a tensor with data, since query has some, got one on"):
+        threshold_attention(
+            Q[:1], K[:1], V[:1], threshold=0.1, cu_seqlens_q=torch.tensor([0, 5]), cu_seqlens_k=bounds.to("meta")
+        )
+
+
 def test_errors_of_devices():
     meta = torch.zeros(6, device="meta")
     for options, name in (

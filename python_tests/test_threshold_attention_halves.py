@@ -72,3 +72,18 @@ def test_bool_bias_and_padding(dtype):
     ours = threshold_attention(*tensors, **options)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, wide.to(dtype))
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@every_half
+def test_any_strides(which, dtype):
+    """Widening to float32 keeps strides, also those of a transposed last dimension."""
+    tensors = attention_inputs(1, 2, 9, 9, 16, dtype=dtype)
+    place = ("query", "key", "value").index(which)
+    expected, _, expected_grads = run(tensors, threshold=0.1)
+    strided = list(tensors)
+    strided[place] = tensors[place].mT.contiguous().mT
+    assert strided[place].stride(-1) != 1
+    out, _, grads = run(strided, threshold=0.1)
+    assert torch.equal(out, expected)
+    assert all(map(torch.equal, grads, expected_grads))

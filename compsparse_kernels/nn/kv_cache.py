@@ -3,6 +3,7 @@
 import torch
 
 from compsparse_kernels.layouts.checks import check_positive_int, describe, require
+from compsparse_kernels.ops.arguments import check_strided
 
 INDEX_PANEL = 64  # keys; an index is made of whole panels
 
@@ -109,6 +110,7 @@ def _check(name, given, room, key, length):
         error = ValueError if isinstance(given, torch.Tensor) else TypeError
         require(False, name, f"4-D {dtype} tensor [{batch}, {heads}, {tokens}, {width}]", describe(given), error)
     require(given.device == room.device, name, f"a tensor on {room.device}, like the cache", f"one on {given.device}")
+    check_strided(name, given)
     lost = torch.is_grad_enabled() and given.requires_grad
     require(not lost, name, "a tensor without gradient (a cache keeps none: use torch.no_grad())", "one with")
     fits = length + given.shape[2] <= most

@@ -110,6 +110,13 @@ class ThresholdAttention(nn.Module):
         require(not add_zero_attn, "add_zero_attn", "False (not supported)", add_zero_attn)
         require(score in SCORES, "score", "'dot' or 'mahalanobis'", repr(score))
         choices.window_of(window)
+        choices.check_flags(
+            bias=bias, batch_first=batch_first, learn_threshold=learn_threshold, track_stats=track_stats
+        )
+        for name, dim in (("kdim", kdim), ("vdim", vdim)):
+            if dim is not None:
+                check_positive_int(name, dim)
+        require(dtype is None or dtype.is_floating_point, "dtype", "a floating-point dtype", dtype)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = (embed_dim if dim is None else dim for dim in (kdim, vdim))
         self.dropout, self.batch_first, self.window = float(dropout), batch_first, window
@@ -236,6 +243,8 @@ class ThresholdAttention(nn.Module):
         """
         inputs = (query, key, value)
         self._check_inputs(*inputs)
+        choices.check_flags(need_weights=need_weights, is_causal=is_causal)
+        require(cache is None or isinstance(cache, KVCache), "cache", "a KVCache or None", describe(cache), TypeError)
         nested, extra, bounds = query, {}, None
         if query.is_nested:
             inputs, bounds, extra = self._pack(inputs, attn_mask, key_padding_mask, cache)

@@ -13,10 +13,11 @@ def check_dtype(name: str, tensor: torch.Tensor, op: str) -> None:
     if tensor.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         require(False, name, f"{', '.join(most)} or {last}", describe(tensor), TypeError)
-    _check_strided(name, tensor)
+    check_strided(name, tensor)
 
 
-def _check_strided(name: str, tensor: torch.Tensor) -> None:
+def check_strided(name: str, tensor: torch.Tensor) -> None:
+    """Memory that strides describe."""
     if tensor.layout != torch.strided:
         require(False, name, "a dense (strided) tensor", f"one with layout {tensor.layout}", TypeError)
 
@@ -29,7 +30,7 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         )
     if tensor.device != other.device:
         require(False, name, f"a tensor on {other.device}, like {other_name}", f"one on {tensor.device}")
-    _check_strided(name, tensor)
+    check_strided(name, tensor)
 
 
 def refuse_forward_mode(*named: tuple[str, torch.Tensor | None]) -> None:

@@ -141,6 +141,7 @@ def threshold_attention(
     given.check_tensors(query, key, value, enable_gqa)
     weighting = choices.weighting_of(rule, weights, shrink)
     choices.check_return_support(return_support)
+    choices.check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     choices.check_offset(query_offset)
     if backend is not None:
         check_backend(backend, "threshold_attention", query, key, value, rule=rule)

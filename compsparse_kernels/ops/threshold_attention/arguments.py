@@ -3,7 +3,7 @@
 import torch
 
 from compsparse_kernels.layouts.checks import describe, require
-from compsparse_kernels.ops.arguments import check_dtype, check_same
+from compsparse_kernels.ops.arguments import check_dtype, check_same, check_strided
 from compsparse_kernels.ops.threshold_attention import choices, reference
 
 
@@ -43,7 +43,7 @@ def bias_of(attn_bias, shape, query):
     if not _is_broadcastable(attn_bias, shape):
         require(False, "attn_bias", f"tensor broadcastable to {list(shape)}", describe(attn_bias))
     if attn_bias.dtype == torch.bool:
-        _check_device("attn_bias", attn_bias, query)
+        _check_place("attn_bias", attn_bias, query)
     else:
         check_same("attn_bias", attn_bias, "query", query)
     return _broadcast(attn_bias, shape)
@@ -56,12 +56,12 @@ def threshold_of(threshold, shape, query, rule, weighting):
         return float(threshold), None
     shape = (*shape[:-1], 1)
     heads = shape[-3] if len(shape) > 2 else 1
+    _check_place("threshold", threshold, query)
     per_head = threshold.dim() == 1 and threshold.shape[0] == heads
     given = threshold.view(heads, 1, 1) if per_head and len(shape) > 2 else threshold
     wanted = f"number, or float32 or float64 tensor broadcastable to {list(shape)} or of shape [{heads}]"
     ok = threshold.dtype in (torch.float32, torch.float64) and _is_broadcastable(given, shape)
     require(ok, "threshold", wanted, describe(threshold), ValueError if threshold.is_floating_point() else TypeError)
-    _check_device("threshold", threshold, query)
     if weighting == "softmax" and threshold.requires_grad and torch.is_grad_enabled():
         wanted = (
             "tensor that wants no gradient (the support is piecewise constant in it, and so is the output; with"
@@ -91,7 +91,7 @@ def check_padding(mask, batch, keys, query):
     wanted = (batch, keys)
     if not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == wanted):
         require(False, "key_padding_mask", f"bool tensor {list(wanted)}", describe(mask))
-    _check_device("key_padding_mask", mask, query)
+    _check_place("key_padding_mask", mask, query)
 
 
 def check_slopes(slopes, heads, query):
@@ -100,7 +100,7 @@ def check_slopes(slopes, heads, query):
     ok = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32 and slopes.shape == (heads,)
     if not ok:
         _refuse("alibi_slopes", f"float32 tensor [{heads}], one slope a head", slopes)
-    _check_device("alibi_slopes", slopes, query)
+    _check_place("alibi_slopes", slopes, query)
     if slopes.requires_grad and torch.is_grad_enabled():
         require(False, "alibi_slopes", "tensor that wants no gradient", "one with requires_grad=True")
 
@@ -116,9 +116,11 @@ def sequences_of(cu_seqlens_q, cu_seqlens_k, query, key):
         if not (ok and given.dtype in (torch.int32, torch.int64)):
             wanted = "1-D int32 or int64 tensor [sequences + 1] (both or neither of cu_seqlens_q and cu_seqlens_k)"
             _refuse(name, wanted, given)
+        check_strided(name, given)
+        require(not given.is_meta or tensor.is_meta, name, "a tensor with data, since query has some", "one on meta")
         require(len(given) == len(cu_seqlens_q), name, f"{len(cu_seqlens_q)} bounds, like cu_seqlens_q", len(given))
         require(tensor.shape[0] == 1, other, "a batch of 1 (its tokens are those of all sequences)", tensor.shape[0])
-        bounds.append(given.to("cpu", torch.int64).contiguous())
+        bounds.append(given.to("meta" if given.is_meta else "cpu", torch.int64).contiguous())
         _check_bounds(name, bounds[-1], tensor.shape[2])
     return bounds
 
@@ -137,7 +139,7 @@ def check_index(index, key):
     wanted = reference.index_shape(key)
     if not (isinstance(index, torch.Tensor) and index.dtype == torch.uint8 and index.shape == wanted):
         _refuse("index", f"uint8 tensor {list(wanted)}, as torch.ops.compsparse.threshold_attention_index(key)", index)
-    _check_device("index", index, key)
+    _check_place("index", index, key)
 
 
 def _is_broadcastable(tensor, shape):
@@ -152,7 +154,8 @@ def _broadcast(tensor, shape):
     return four_dimensional(tensor)
 
 
-def _check_device(name, tensor, other):
+def _check_place(name, tensor, other):
+    check_strided(name, tensor)
     if tensor.device != other.device:
         require(False, name, f"a tensor on {other.device}, like query", f"one on {tensor.device}")
 

@@ -1,6 +1,7 @@
 """Which rules, weightings, thresholds and options of thresholded attention go together, and why the others don't."""
 
 import math
+import sys
 
 import torch
 
@@ -10,6 +11,7 @@ RULES = ("relative", "absolute", "topk", "topp", "entmax")
 WEIGHTS = ("softmax", "rectified")
 WITH_CUT = RULES[:2]
 _INT64 = range(-(2**63), 2**63)
+_LARGEST = sys.float_info.max
 
 
 def weighting_of(rule: str, weights: str, shrink: bool) -> str:
@@ -34,11 +36,11 @@ def check_threshold(threshold: object, rule: str, weighting: str) -> None:
     if not _is_number(threshold):
         require(False, "threshold", wanted_threshold(rule, weighting), describe(threshold), TypeError)
     if rule == "topk":
-        ok = isinstance(threshold, int) and threshold >= 1
+        ok = isinstance(threshold, int) and 1 <= threshold < 2**63
     elif rule == "entmax":
         ok = threshold in (1.5, 2)
     elif rule == "absolute":
-        ok = -math.inf < threshold < math.inf
+        ok = -_LARGEST <= threshold <= _LARGEST
     else:
         ok = 0 < threshold <= 1 and not (threshold == 1 and rule == "relative" and weighting != "softmax")
     if not ok:
@@ -67,7 +69,14 @@ def window_of(window: object) -> tuple[int, int]:
     ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_int, pair))
     require(ok, "window", wanted, window if isinstance(window, (tuple, list)) else describe(window), TypeError)
     require(min(pair) >= (0 if _is_int(window) else -1), "window", wanted, window)
+    _check_int64("window", *pair)
     return tuple(pair)
+
+
+def check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            require(False, name, "a bool", describe(flag), TypeError)
 
 
 def scale_of(scale: object, width: int) -> float:
@@ -75,7 +84,7 @@ def scale_of(scale: object, width: int) -> float:
         return 1 / math.sqrt(width)
     if not _is_number(scale):
         require(False, "scale", "a number", describe(scale), TypeError)
-    require(-math.inf < scale < math.inf, "scale", "a finite number", scale)
+    require(-_LARGEST <= scale <= _LARGEST, "scale", "a finite number", scale)
     return float(scale)
 
 
@@ -87,8 +96,7 @@ def dropout_of(dropout_p: object, seed: object) -> tuple[float, int]:
     if seed is not None:
         if not _is_int(seed):
             require(False, "seed", "an int or None", describe(seed), TypeError)
-        if not torch.compiler.is_compiling():
-            require(seed in _INT64, "seed", "an int of 64 bits", seed)
+        _check_int64("seed", seed)
     elif dropout_p > 0:
         seed = torch.randint(2**62, ()).item()
     return float(dropout_p), 0 if seed is None else seed
@@ -97,12 +105,19 @@ def dropout_of(dropout_p: object, seed: object) -> tuple[float, int]:
 def check_offset(query_offset: object) -> None:
     if not _is_int(query_offset):
         require(False, "query_offset", "an int", describe(query_offset), TypeError)
+    _check_int64("query_offset", query_offset)
 
 
 def check_return_support(return_support: object) -> None:
     ok = isinstance(return_support, bool) or return_support in ("csr", "degree")
     if not ok:
         require(False, "return_support", "False, True, 'csr' or 'degree'", repr(return_support))
+
+
+def _check_int64(name, *values):
+    if not torch.compiler.is_compiling():
+        for value in values:
+            require(value in _INT64, name, "an int of 64 bits", value)
 
 
 def _is_int(value):

@@ -28,8 +28,8 @@ inline bool is_half(const Tensor& x) {
 // Kernels read rows of contiguous elements at any stride, in float or double. Half precision is widened as a whole:
 // tokens times width, where the work is tokens times tokens times width.
 inline Tensor as_rows(const Tensor& x) {
-  if (is_half(x)) return torch::stable::to(x, ScalarType::Float);
-  return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+  const Tensor wide = is_half(x) ? torch::stable::to(x, ScalarType::Float) : x;  // which keeps the strides
+  return wide.stride(3) == 1 || wide.size(3) == 1 ? wide : torch::stable::contiguous(wide);
 }
 
 inline Tensor narrowed_like(const Tensor& x, const Tensor& like) {
