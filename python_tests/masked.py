@@ -1,6 +1,8 @@
 """What the tests of masked_linear share, over all kinds: layouts, inputs, dense torch, the comparison with float64, and
 checks that any layout must pass."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +22,16 @@ KINDS = ("csr", "block", "dense")
 def make_layout(out_features, in_features, density=0.3, seed=0, kind="csr", block_shape=(8, 4)):
     mask = random_mask(out_features, in_features, density, seed)
     return MaskLayout.from_mask(mask, kind, block_shape if kind == "block" else None)
+
+
+def with_int32_columns(layout):
+    """The layout as it was stored, and pickled, when columns had no other dtype."""
+    other = copy.copy(layout)
+    other.__dict__.pop("T", None)
+    for name in ("by_output", "by_input"):
+        order = getattr(layout, name)
+        object.__setattr__(other, name, order._replace(idx=order.idx.int()))
+    return other
 
 
 def make_inputs(layout, batch=5, dtype=torch.float32, seed=0, memory="contiguous"):

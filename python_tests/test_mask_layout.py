@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from compsparse_kernels import BlockLayout, MaskLayout
 from compsparse_kernels.layouts import MaskOrder, index
 from compsparse_kernels.testing import random_mask, random_tensor
+from python_tests.masked import with_int32_columns
 
 KINDS = ("csr", "block", "dense")
 SHAPES = [(1, 1), (1, 40), (40, 1), (48, 64), (37, 53)]
@@ -55,13 +56,44 @@ def test_both_orders():
     mask = random_mask(37, 53)
     layout = MaskLayout.from_mask(mask, "csr")
     for order, pattern in ((layout.by_output, mask), (layout.by_input, mask.T)):
-        assert (order.ptr.dtype, order.idx.dtype) == (torch.int64, torch.int32)
+        assert (order.ptr.dtype, order.idx.dtype) == (torch.int64, torch.int16)
         columns = pattern.nonzero()[:, 1]
         assert torch.equal(order.ptr.diff(), pattern.sum(1)) and torch.equal(order.idx.long(), columns)
     assert layout.by_output.perm is None and layout.by_input.perm.dtype == torch.int32
     position = torch.full((37, 53), -1)
     position[mask] = torch.arange(layout.nnz)
     assert torch.equal(position.T[mask.T], layout.by_input.perm.long())
+
+
+@pytest.mark.parametrize("given", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("features, kept", [(32768, torch.int16), (32769, torch.int32)])
+def test_columns_take_the_narrowest_dtype(features, kept, given):
+    """The first and the last column that a row may have, in whatever dtype they come."""
+    last = min(features, 32768) - 1
+    ptr, idx = torch.tensor([0, 2, 3]), torch.tensor([0, last, 7], dtype=given)
+    layout = MaskLayout(2, features, "csr", MaskOrder(ptr, idx, None))
+    assert (layout.index_dtype, layout.T.index_dtype) == (kept, torch.int16)
+    assert (layout.by_output.idx.dtype, layout.by_input.idx.dtype) == (kept, torch.int16)
+    rows, columns = layout.coordinates()
+    assert rows.tolist() == [0, 0, 1] and columns.tolist() == [0, last, 7] and columns.dtype == torch.int64
+    mask = layout.to_mask()
+    assert mask.nonzero().tolist() == [[0, 0], [0, last], [1, 7]]
+    tall = MaskLayout.from_mask(mask.T, "csr")
+    assert (tall.index_dtype, tall.T.index_dtype) == (torch.int16, kept)
+    weight = random_tensor(2, features)
+    back, values = MaskLayout.from_csr(layout.to_csr(layout.pack(weight)))
+    assert back.index_dtype == kept and torch.equal(back.unpack(values), weight * mask)
+
+
+def test_columns_beyond_int16():
+    mask = torch.zeros(2, 70_000, dtype=torch.bool)
+    mask[0, 32768] = mask[1, 65536] = mask[1, 69_999] = True
+    layout = MaskLayout.from_mask(mask, "csr")
+    assert layout.by_output.idx.tolist() == [32768, 65536, 69_999] and torch.equal(layout.to_mask(), mask)
+
+
+def test_only_csr_has_an_index_dtype():
+    assert {MaskLayout.from_mask(random_mask(8, 8), kind).index_dtype for kind in ("block", "dense")} == {None}
 
 
 def test_partly_filled_blocks_have_a_mask():
@@ -140,6 +172,14 @@ def test_copies(copier, transposed, kind):
     other = copier(layout)
     assert_same(layout, other)
     assert_same(layout.T, other.T)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_pickle_with_int32_columns_is_read(transposed):
+    layout = MaskLayout.from_mask(random_mask(20, 30), "csr")
+    older = pickle.loads(pickle.dumps(with_int32_columns(layout.T if transposed else layout)))
+    assert older.index_dtype == older.T.index_dtype == torch.int32
+    assert_same(layout.T if transposed else layout, older)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,6 +333,11 @@ ERRORS = {
         lambda: csr([0, 2, 2], [1, 1]),
         ValueError,
         "col_idx: expected strictly ascending values in each row, got duplicate or unsorted values",
+    ),
+    "column dtype": (
+        lambda: MaskLayout(2, 3, "csr", MaskOrder(torch.tensor([0, 1, 1]), torch.tensor([1]), None)),
+        ValueError,
+        "col_idx: expected 1-D int16 or int32 tensor, got 1-D int64 tensor [1]",
     ),
     "column out of range": (lambda: csr([0, 1, 1], [3]), ValueError, "col_idx: expected values in 0..2, got 3..3"),
     "offsets": (lambda: csr([0, 2, 1], [1]), ValueError, "row_ptr: expected offsets ascending from 0 to 1, got 0..1"),

@@ -37,6 +37,7 @@ from python_tests.masked import (
     make_layout,
     ours_linear,
     output_and_gradients,
+    with_int32_columns,
 )
 
 ALL_DTYPES = (*DTYPES, *HALVES)
@@ -171,6 +172,35 @@ def test_dropped_values_have_no_part(kind):
     dirty = output_and_gradients(ours_linear(layout), (x, values, bias), grad, x.dtype)
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
     assert not dirty[2][~kept].any()
+
+
+# ---- columns of 16 and 32 bits
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 7, 33, 130])
+def test_bitwise_equal_for_columns_of_16_and_32_bits(batch, dtype):
+    narrow = make_layout(61, 83, 0.4)
+    wide = with_int32_columns(narrow)
+    assert (narrow.index_dtype, wide.index_dtype) == (torch.int16, torch.int32)
+    *inputs, grad = make_inputs(narrow, batch, dtype)
+    results = [output_and_gradients(ours_linear(layout), inputs, grad, dtype) for layout in (narrow, wide)]
+    results[0].append(sampled_matmul(inputs[0], grad, narrow.T))
+    results[1].append(sampled_matmul(inputs[0], grad, wide.T))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("features", [32768, 32769])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_batches_of_as_many_columns_as_int16_numbers(transposed, features, batch, dtype):
+    """A sign that is lost, or carried too far, reads another column."""
+    mask = torch.zeros(3, features, dtype=torch.bool)
+    mask[:, -40:] = mask[1, ::501] = True
+    layout = MaskLayout.from_mask(mask, "csr")
+    assert_right(layout.T if transposed else layout, batch, dtype)
 
 
 # ---- positions of 64 bits

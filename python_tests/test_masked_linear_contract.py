@@ -6,7 +6,15 @@ import torch
 from compsparse_kernels import explain, masked_linear, sampled_matmul
 from compsparse_kernels.ops.masked_linear import reference
 from compsparse_kernels.testing import HALVES, ISAS
-from python_tests.masked import KINDS, dense_linear, make_inputs, make_layout, ours_linear, output_and_gradients
+from python_tests.masked import (
+    KINDS,
+    dense_linear,
+    make_inputs,
+    make_layout,
+    ours_linear,
+    output_and_gradients,
+    with_int32_columns,
+)
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "transposed", "strided"])
@@ -22,11 +30,12 @@ def test_opcheck(with_bias, dtype, batch, memory):
     torch.library.opcheck(torch.ops.compsparse.sampled_matmul, (grad, x, *layout.by_output[:2]))
 
 
+@pytest.mark.parametrize("stored", [lambda layout: layout, with_int32_columns], ids=["int16", "int32"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_op_means_its_reference(with_bias, transposed):
+def test_the_op_means_its_reference(with_bias, transposed, stored):
     """Boxing does not check: each argument straight through the registered op."""
-    layout = make_layout(20, 24)
+    layout = stored(make_layout(20, 24))
     layout = layout.T if transposed else layout
     x, values, bias, grad = make_inputs(layout)
     arguments = (x, values, bias if with_bias else None, *layout.by_output, layout.out_features)
@@ -34,6 +43,17 @@ def test_the_op_means_its_reference(with_bias, transposed):
     torch.testing.assert_close(ours, reference.masked_linear(*arguments))
     arguments = (grad, x, *layout.by_output[:2])
     torch.testing.assert_close(torch.ops.compsparse.sampled_matmul(*arguments), reference.sampled_matmul(*arguments))
+
+
+@pytest.mark.skipif(not ISAS, reason="the reference takes columns of any dtype: no compiled kernels here")
+def test_the_kernels_refuse_columns_of_another_dtype():
+    layout = make_layout(20, 24)
+    x, values, _, grad = make_inputs(layout)
+    ptr, idx, _ = layout.by_output
+    with pytest.raises(RuntimeError, match="idx: expected int16 or int32"):
+        torch.ops.compsparse.masked_linear(x, values, None, ptr, idx.long(), None, 20)
+    with pytest.raises(RuntimeError, match="idx: expected int16 or int32"):
+        torch.ops.compsparse.sampled_matmul(grad, x, ptr, idx.long())
 
 
 @pytest.mark.parametrize("kind", KINDS)

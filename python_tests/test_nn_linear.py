@@ -221,6 +221,23 @@ def test_own_state_dict_with_another_pattern_is_adopted(make):
     other(x).sum().backward()
 
 
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same pattern", "another pattern"])
+def test_a_checkpoint_with_int32_columns_is_read(seed):
+    layer, other = masked(seed=0), masked(seed=seed)
+    state = layer.state_dict()
+    assert state["col_idx"].dtype == torch.int16
+    assert other.load_state_dict(state | {"col_idx": state["col_idx"].int()}) == ([], [])
+    assert other.layout.index_dtype == torch.int16 and same_state(other.state_dict(), state)
+
+
+def test_columns_of_a_checkpoint_do_not_wrap():
+    """2^16 more is the same number to int16."""
+    layer = masked()
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match=f"col_idx: expected values in 0..{IN - 1}"):
+        layer.load_state_dict(state | {"col_idx": state["col_idx"].int() + 2**16})
+
+
 def test_kind_of_the_checkpoint_is_adopted():
     mask = nm_mask(OUT, IN, 2, 4)
     layers = [MaskedLinear(IN, OUT, mask, kind=kind) for kind in ("csr", "block", "nm", "dense")]

@@ -40,11 +40,19 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def check_compressed(ptr: torch.Tensor, idx: torch.Tensor, rows: int, columns: int, names: tuple[str, str]) -> None:
+def check_compressed(
+    ptr: torch.Tensor,
+    idx: torch.Tensor,
+    rows: int,
+    columns: int,
+    names: tuple[str, str],
+    idx_dtypes: tuple[torch.dtype, ...] = (torch.int32,),
+) -> None:
     """A well-formed compressed pattern: offsets from 0 to nnz, indices in range and strictly ascending in each row."""
-    for name, value, dtype in zip(names, (ptr, idx), (torch.int64, torch.int32), strict=True):
-        ok = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype == dtype
-        require(ok, name, f"1-D {str(dtype).removeprefix('torch.')} tensor", describe(value))
+    for name, value, dtypes in zip(names, (ptr, idx), ((torch.int64,), idx_dtypes), strict=True):
+        ok = isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype in dtypes
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        require(ok, name, f"1-D {wanted} tensor", describe(value))
     require(len(ptr) == rows + 1, names[0], f"{rows + 1} offsets", len(ptr))
     ascending = bool((ptr[1:] >= ptr[:-1]).all()) and int(ptr[0]) == 0 and int(ptr[-1]) == len(idx)
     require(ascending, names[0], f"offsets ascending from 0 to {len(idx)}", f"{int(ptr[0])}..{int(ptr[-1])}")

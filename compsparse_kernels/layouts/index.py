@@ -1,7 +1,7 @@
 """Index arrays of sparse patterns: the C++ of csrc/layout.cpp where it was built, the same in numpy elsewhere.
 
-Offsets (``ptr``) are int64. Row and column numbers are int32. Positions of entries are int32, or int64 where a pattern
-has 2^31 entries or more.
+Offsets (``ptr``) are int64. Row and column numbers are int32; :class:`MaskLayout` keeps them as int16 where they fit.
+Positions of entries are int32, or int64 where a pattern has 2^31 entries or more.
 """
 
 import numpy as np

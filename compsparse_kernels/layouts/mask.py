@@ -24,6 +24,8 @@ from compsparse_kernels.layouts.nm import NMLayout, check_nm, require_tightest
 
 KINDS = ("csr", "block", "nm", "dense")
 DEFAULT_BLOCK_SHAPE = (16, 16)
+INT16_COLUMNS = 2**15  # the columns that int16 can number
+INDEX_DTYPES = (torch.int16, torch.int32)
 
 
 class MaskOrder(NamedTuple):
@@ -31,7 +33,7 @@ class MaskOrder(NamedTuple):
     of perm[p], or of p itself where perm is None."""
 
     ptr: torch.Tensor  # int64 [rows + 1]
-    idx: torch.Tensor  # int32 [nnz]
+    idx: torch.Tensor  # [nnz], int16 where the columns are at most 32768, else int32
     perm: torch.Tensor | None  # int32 [nnz], int64 where nnz >= 2^31
 
 
@@ -56,8 +58,8 @@ class MaskLayout:
     Args:
         out_features, in_features: shape of the weight.
         kind: ``"csr"``, ``"block"``, ``"nm"`` or ``"dense"``.
-        by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int32 ``[nnz]`` strictly ascending
-            in each row, and None. The order by input is derived.
+        by_output: for csr, the entries by row: offsets int64 ``[out + 1]``, columns int16 or int32 ``[nnz]`` strictly
+            ascending in each row, and None. The order by input is derived. What is kept is :attr:`index_dtype`.
         blocks: for block, which blocks are stored; none shared.
         mask: bool, of the shape of the values: for dense which elements survive; for block and nm the same, or None
             where all elements of the blocks, or all slots up to the last column, do.
@@ -108,12 +110,13 @@ class MaskLayout:
         ok = isinstance(self.by_output, tuple) and len(self.by_output) == 3
         require(ok, "by_output", "(row_ptr, col_idx, None)", describe(self.by_output), TypeError)
         ptr, idx, perm = self.by_output
-        check_compressed(ptr, idx, self.out_features, self.in_features, ("row_ptr", "col_idx"))
+        check_compressed(ptr, idx, self.out_features, self.in_features, ("row_ptr", "col_idx"), INDEX_DTYPES)
         require(perm is None, "by_output[2]", "None: values lie by output", describe(perm))
-        ptr, idx = own(ptr), own(idx)
-        by_input = index.transpose(ptr.numpy(), idx.numpy(), self.in_features)
-        object.__setattr__(self, "by_output", MaskOrder(ptr, idx, None))
-        object.__setattr__(self, "by_input", MaskOrder(*map(torch.from_numpy, by_input)))
+        by_input = index.transpose(ptr.numpy(), idx.int().numpy(), self.in_features)
+        by_input = MaskOrder(*map(torch.from_numpy, by_input))
+        columns, rows = idx.to(_narrowest(self.in_features)), by_input.idx.to(_narrowest(self.out_features))
+        object.__setattr__(self, "by_output", MaskOrder(own(ptr), own(columns), None))
+        object.__setattr__(self, "by_input", by_input._replace(idx=rows))
         return (len(idx),)
 
     def _check_part(self, name, part_type):
@@ -250,6 +253,12 @@ class MaskLayout:
         return self.nnz / (self.out_features * self.in_features)
 
     @property
+    def index_dtype(self) -> torch.dtype | None:
+        """Dtype of the columns in ``by_output``, of kind csr: int16 up to 32768 ``in_features``, else int32. A layout
+        that was pickled when there was int32 alone keeps it."""
+        return self.by_output.idx.dtype if self.kind == "csr" else None
+
+    @property
     def device(self) -> torch.device:
         return self._index_tensor().device
 
@@ -259,10 +268,10 @@ class MaskLayout:
         return {"csr": self.by_output, "block": self.blocks and self.blocks.by_output}.get(self.kind, (self.mask,))[0]
 
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of each survivor, by output; kind csr only."""
+        """Row and column of each survivor, int64, by output; kind csr only."""
         require(self.kind == "csr", "layout", "kind csr", self)
         ptr, idx, _ = self.by_output
-        return torch.arange(len(ptr) - 1, device=idx.device).repeat_interleave(ptr.diff()), idx
+        return torch.arange(len(ptr) - 1, device=idx.device).repeat_interleave(ptr.diff()), idx.long()
 
     def to_mask(self) -> torch.Tensor:
         """bool ``[out, in]``: which elements survive."""
@@ -315,7 +324,7 @@ class MaskLayout:
             return self.T.pack(weight.mT)
         if self.kind == "csr":
             rows, columns = self.coordinates()
-            return weight[rows, columns.long()]
+            return weight[rows, columns]
         values = weight if self.kind == "dense" else self._slots.pack(weight)
         return values.clone() if self.mask is None else self.masked(values)
 
@@ -328,7 +337,7 @@ class MaskLayout:
         if self.kind == "csr":
             rows, columns = self.coordinates()
             dense = values.new_zeros(self.out_features, self.in_features)
-            return dense.index_put((rows, columns.long()), values)
+            return dense.index_put((rows, columns), values)
         return self.masked(values) if self.kind == "dense" else self._slots.unpack(self.masked(values))
 
     @property
@@ -366,6 +375,11 @@ class MaskLayout:
             f"MaskLayout({self.out_features} x {self.in_features}, {kind}, {self.nnz} survivors,"
             f" density {self.density:.3f})"
         )
+
+
+def _narrowest(columns: int) -> torch.dtype:
+    """The dtype that numbers so many columns in the fewest bytes."""
+    return torch.int16 if columns <= INT16_COLUMNS else torch.int32
 
 
 def _elements(blocks: BlockLayout) -> int:

@@ -31,8 +31,9 @@ class MaskedLinear(SparseLinear):
     Its state dict holds the parameters and the pattern, as tensors: ``values``, ``bias``, and ``row_ptr``, ``col_idx``
     (csr), the same with ``slot`` (block; ``mask`` too, where blocks are partly filled), ``positions`` and ``nm``, the
     pair N and M (nm; ``mask`` too, where groups hold less than N), or ``mask`` (dense).
-    ``load_state_dict`` takes such a dict and adopts its pattern and kind (``values`` changes shape if need be: restore
-    the optimizer's state with it), or the dict of an ``nn.Linear``, of which it keeps the mask's entries.
+    ``load_state_dict`` takes such a dict, with columns of csr in int16 or int32, and adopts its pattern and kind
+    (``values`` changes shape if need be: restore the optimizer's state with it), or the dict of an ``nn.Linear``, of
+    which it keeps the mask's entries.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.

@@ -162,9 +162,7 @@ class SparseLinear(nn.Module):
         for name, tensor in pattern.items():
             require(isinstance(tensor, torch.Tensor), name, "a tensor", describe(tensor))
         mine = self._pattern()
-        same = mine.keys() == pattern.keys() and all(
-            torch.equal(pattern[name].to(mine[name]), mine[name]) for name in mine
-        )
+        same = mine.keys() == pattern.keys() and all(_same_numbers(pattern[name], mine[name]) for name in mine)
         if same and (values is None or values.shape == self.values.shape):
             return
         ok = isinstance(values, torch.Tensor)
@@ -183,6 +181,12 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" density={self.layout.density:.3f}"
         )
+
+
+def _same_numbers(tensor, mine):
+    """Are the tensors equal, whatever their dtypes? Neither is narrowed, which would wrap numbers."""
+    common = torch.promote_types(tensor.dtype, mine.dtype)
+    return torch.equal(tensor.to(mine.device, common), mine.to(common))
 
 
 def block_pattern(layout):

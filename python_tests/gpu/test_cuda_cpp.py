@@ -78,6 +78,18 @@ def test_shapes(shape, density):
     assert_sampled_right(layout.by_output, 7, torch.float32, *shape)
 
 
+@pytest.mark.parametrize("batch", BATCHES[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_equal_for_columns_of_16_and_32_bits(dtype, batch):
+    ptr, narrow, perm = ragged_layout().by_output
+    assert narrow.dtype == torch.int16
+    x, values = random_tensor(batch, 530, dtype=dtype), random_tensor(len(narrow), dtype=dtype, seed=1)
+    grad = random_tensor(batch, 60, dtype=dtype, seed=2)
+    products = [masked_linear.masked_linear(x, values, None, ptr, idx, perm, 60) for idx in (narrow, narrow.int())]
+    sampled = [masked_linear.sampled_matmul(grad, x, ptr, idx) for idx in (narrow, narrow.int())]
+    assert torch.equal(*products) and torch.equal(*sampled)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_by_input(dtype, wide):
@@ -233,7 +245,9 @@ def test_every_warp_shape_of_every_dtype_is_compiled():
     for kernel in ("product", "sampled"):
         for dtype, vector in widest.items():
             wanted = {
-                f"{kernel}<{dtype}, {v}, {group}>" for v, group in ((1, 1), (vector, 1), (vector, 4), (vector, 16))
+                f"{kernel}<{dtype}, {index}, {v}, {group}>"
+                for v, group in ((1, 1), (vector, 1), (vector, 4), (vector, 16))
+                for index in ("short", "int")
             }
             assert wanted <= names, wanted - names
 

@@ -50,21 +50,29 @@ struct Panels {
   std::vector<Buffer<Sum<T>>> packed;
 };
 
+// The pattern's columns in a buffer of their own width.
+template <typename Index>
+Buffer<Index> columns_of(const Pattern& pattern) {
+  return Buffer<Index>::copy(std::vector<Index>(pattern.idx.data(), pattern.idx.data() + pattern.entries()));
+}
+
 Range half(int64_t total, int64_t part) { return {total * part / 2, total * (part + 1) / 2}; }
 
-template <typename T>
+template <typename Index, typename T>
 void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, bool with_bias,
                    std::mt19937& generator) {
+  const IndexedKernels<T, Index>& indexed = kernel;
+  const auto columns = columns_of<Index>(pattern);
   const auto x = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto values = Buffer<Sum<T>>::random(pattern.entries(), generator);
   const auto bias = Buffer<Sum<T>>::random(s.out_features, generator);
   const auto y = Buffer<T>::unwritten(s.batch * s.out_features);
-  const MaskedProduct<T> p = {
+  const MaskedProduct<T, Index> p = {
       .values = values.data(),
       .bias = with_bias ? bias.data() : nullptr,
       .y = y.data(),
       .ptr = pattern.ptr.data(),
-      .idx = pattern.idx.data(),
+      .idx = columns.data(),
       .batch = s.batch,
       .in_features = s.in_features,
       .out_features = s.out_features,
@@ -72,7 +80,7 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
   const Panels<T> panels(kernel, kernel.product_rows, x, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < panels.rows.size(); ++panel)
-      kernel.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
+      indexed.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
   std::vector<double> exact(y.size());
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t r = 0; r < s.out_features; ++r) {
@@ -84,17 +92,19 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
   sanitize::expect_equal(y.data(), exact.data(), y.size(), "product " + s.name());
 }
 
-template <typename T>
+template <typename Index, typename T>
 void check_sampled(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, std::mt19937& generator) {
   if (s.batch == 0) return;  // no panel, no call: bind.cpp writes the zeros
+  const IndexedKernels<T, Index>& indexed = kernel;
+  const auto columns = columns_of<Index>(pattern);
   const auto a = Buffer<T>::random(s.batch * s.out_features, generator);
   const auto b = Buffer<T>::random(s.batch * s.in_features, generator);
   const auto sums = Buffer<Sum<T>>::unwritten(pattern.entries());
   const auto values = Buffer<T>::unwritten(pattern.entries());
-  const SampledSums<Sum<T>> sampled = {
+  const SampledSums<Sum<T>, Index> sampled = {
       .sums = sums.data(),
       .ptr = pattern.ptr.data(),
-      .idx = pattern.idx.data(),
+      .idx = columns.data(),
       .batch = s.batch,
       .in_features = s.in_features,
       .out_features = s.out_features,
@@ -103,8 +113,8 @@ void check_sampled(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
       b_panels(kernel, kernel.sampled_rows, b, s.batch, s.in_features);
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < a_panels.rows.size(); ++panel)
-      kernel.sampled(sampled, a_panels.data(panel), b_panels.data(panel),
-                     a_panels.rows[panel].end - a_panels.rows[panel].begin, panel > 0, half(s.out_features, part));
+      indexed.sampled(sampled, a_panels.data(panel), b_panels.data(panel),
+                      a_panels.rows[panel].end - a_panels.rows[panel].begin, panel > 0, half(s.out_features, part));
   for (int64_t part = 0; part < 2; ++part) kernel.round(sums.data(), half(values.size(), part), values.data());
   std::vector<double> exact(values.size());
   for (int64_t r = 0; r < s.out_features; ++r)
@@ -120,8 +130,12 @@ void check_kernels(const MaskedKernels<T>& kernel) {
   std::mt19937 generator(0);
   for (const Shape& s : shapes) {
     const Pattern pattern = sanitize::random_pattern(s.out_features, s.in_features, s.density, generator);
-    for (const bool with_bias : {false, true}) check_product(kernel, s, pattern, with_bias, generator);
-    check_sampled(kernel, s, pattern, generator);
+    for (const bool with_bias : {false, true}) {
+      check_product<int16_t>(kernel, s, pattern, with_bias, generator);
+      check_product<int32_t>(kernel, s, pattern, with_bias, generator);
+    }
+    check_sampled<int16_t>(kernel, s, pattern, generator);
+    check_sampled<int32_t>(kernel, s, pattern, generator);
   }
 }
 

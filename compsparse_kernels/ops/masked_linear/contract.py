@@ -9,9 +9,9 @@
 ``compsparse::nm_linear_transposed``  y = x W + b, x [batch, out] -> y [batch, in]
 ``compsparse::nm_sampled``            the elements of a^T b that have a slot, values [out, groups, n]
 
-One order of a :class:`MaskLayout` comes as (ptr, idx, perm): entry p has the value ``values[perm[p]]``, or
-``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it has no perm. Half
-precision is summed in float32 and rounded once.
+One order of a :class:`MaskLayout` comes as (ptr, idx, perm), idx int16 or int32: entry p has the value
+``values[perm[p]]``, or ``values[p]`` where perm is None. A sampled product is stored in the order of its entries, so it
+has no perm. Half precision is summed in float32 and rounded once.
 
 Of a :class:`NMLayout` come its positions and m, with values [out, groups, n]. Slots past the last column have no part
 in a product, whatever is in them, and are 0 in a sampled one.

@@ -26,6 +26,14 @@ void for_dtype(ScalarType dtype, const Run& run) {
   run(table.f32);
 }
 
+// Calls run(idx) with columns of their own width.
+template <class Run>
+void for_columns(const Tensor& idx, const Run& run) {
+  const bool is_narrow = idx.scalar_type() == ScalarType::Short;
+  STD_TORCH_CHECK(is_narrow || idx.scalar_type() == ScalarType::Int, "idx: expected int16 or int32");
+  is_narrow ? run(static_cast<const int16_t*>(idx.data_ptr())) : run(static_cast<const int32_t*>(idx.data_ptr()));
+}
+
 // A matrix [batch, features] cut into panels.
 template <typename T>
 struct Panels {
@@ -70,8 +78,9 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, Sum<T>* pack
 }
 
 // Each part takes whole panels: nothing is shared, and a panel is still in cache when it is used.
-template <typename T>
-void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
+template <typename T, typename Index>
+void product_by_panels(const Panels<T>& panels, const MaskedProduct<T, Index>& p, int64_t parts) {
+  const IndexedKernels<T, Index>& kernel = panels.kernel;
   const int64_t line = 64 / sizeof(Sum<T>), stride = (panels.largest() + line - 1) / line * line;
   const auto scratch = make_scratch<Sum<T>>(parts * stride);
   for_each_part(parts, [&](int64_t part) {
@@ -79,19 +88,20 @@ void product_by_panels(const Panels<T>& panels, const MaskedProduct<T>& p, int64
     const Range mine = equal_share(panels.count(), part, parts);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
       panels.pack(panel, {0, p.in_features}, packed);
-      panels.kernel.product(p, panels.data(panel, packed), panels.rows(panel), {0, p.out_features});
+      kernel.product(p, panels.data(panel, packed), panels.rows(panel), {0, p.out_features});
     }
   });
 }
 
-template <typename T>
-void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t parts) {
+template <typename T, typename Index>
+void product_by_rows(const Panels<T>& panels, const MaskedProduct<T, Index>& p, int64_t parts) {
+  const IndexedKernels<T, Index>& kernel = panels.kernel;
   const auto packed = make_scratch<Sum<T>>(panels.size());
   if (panels.size() > 0) for_each_part(parts, [&](int64_t part) { pack_all(panels, part, parts, packed.get()); });
   for_each_part(parts, [&](int64_t part) {
     const Range rows = balanced_rows(p.ptr, p.out_features, 1, part, parts);
     for (int64_t panel = 0; panel < panels.count(); ++panel)
-      panels.kernel.product(p, panels.data(panel, packed.get() + panels.offset(panel)), panels.rows(panel), rows);
+      kernel.product(p, panels.data(panel, packed.get() + panels.offset(panel)), panels.rows(panel), rows);
   });
 }
 
@@ -99,8 +109,8 @@ void product_by_rows(const Panels<T>& panels, const MaskedProduct<T>& p, int64_t
 // where a panel multiplies 25.
 constexpr int64_t kGathered = 4;
 
-template <typename T>
-void run_product(const Panels<T>& panels, const MaskedProduct<T>& p) {
+template <typename T, typename Index>
+void run_product(const Panels<T>& panels, const MaskedProduct<T, Index>& p) {
   const int64_t work = p.batch * (p.ptr[p.out_features] + p.out_features);
   const int64_t parts = parts_for(p.batch == 1 ? kGathered * work : work);
   const bool even = p.batch % (panels.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
@@ -169,25 +179,28 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
     const T* stored_bias = offset ? static_cast<const T*>(offset->data_ptr()) : nullptr;
     const auto ordered = ordered_values(kernel, stored, idx.size(0), perm);
     const auto wide_bias = offset ? widened(kernel, stored_bias, out_features) : nullptr;
-    const MaskedProduct<T> p = {
-        .values = wide_or_stored(ordered, stored),
-        .bias = wide_or_stored(wide_bias, stored_bias),
-        .y = static_cast<T*>(y.data_ptr()),
-        .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
-        .idx = static_cast<const int32_t*>(idx.data_ptr()),
-        .batch = x.size(0),
-        .in_features = x.size(1),
-        .out_features = out_features,
-    };
-    run_product<T>({kernel, kernel.product_rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
+    for_columns(idx, [&]<typename Index>(const Index* columns) {
+      const MaskedProduct<T, Index> p = {
+          .values = wide_or_stored(ordered, stored),
+          .bias = wide_or_stored(wide_bias, stored_bias),
+          .y = static_cast<T*>(y.data_ptr()),
+          .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
+          .idx = columns,
+          .batch = x.size(0),
+          .in_features = x.size(1),
+          .out_features = out_features,
+      };
+      run_product<T>({kernel, kernel.product_rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
+    });
   };
   for_dtype(x.scalar_type(), run);
   return y;
 }
 
 // Sums that are not rounded are the values.
-template <typename T>
-void run_sampled(const Panels<T>& a, const Panels<T>& b, SampledSums<Sum<T>> s, T* values) {
+template <typename T, typename Index>
+void run_sampled(const Panels<T>& a, const Panels<T>& b, SampledSums<Sum<T>, Index> s, T* values) {
+  const IndexedKernels<T, Index>& kernel = a.kernel;
   const int64_t nnz = s.ptr[s.out_features], parts = parts_for(s.batch * nnz);
   if (s.batch == 0) return std::fill(values, values + nnz, T{});
   const auto a_packed = make_scratch<Sum<T>>(a.size()), b_packed = make_scratch<Sum<T>>(b.size());
@@ -201,12 +214,12 @@ void run_sampled(const Panels<T>& a, const Panels<T>& b, SampledSums<Sum<T>> s, 
     pack_all(b, part, parts, b_packed.get());
   });
   for_each_entry_share(s.ptr, s.out_features, parts, [&](const int64_t* ptr, Range rows) {
-    SampledSums<Sum<T>> share = s;
+    SampledSums<Sum<T>, Index> share = s;
     share.ptr = ptr;
     for (int64_t panel = 0; panel < a.count(); ++panel) {
       const Range batch = a.rows(panel);
-      a.kernel.sampled(share, a.data(panel, a_packed.get() + a.offset(panel)),
-                       b.data(panel, b_packed.get() + b.offset(panel)), batch.end - batch.begin, panel > 0, rows);
+      kernel.sampled(share, a.data(panel, a_packed.get() + a.offset(panel)),
+                     b.data(panel, b_packed.get() + b.offset(panel)), batch.end - batch.begin, panel > 0, rows);
     }
     if (narrows<T>) a.kernel.round(share.sums, {ptr[rows.begin], ptr[rows.end]}, values);
   });
@@ -216,17 +229,19 @@ Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const
   const Tensor left = as_contiguous(a), right = as_contiguous(b);
   Tensor values = new_tensor(a, {idx.size(0)});
   const auto run = [&]<typename T>(const MaskedKernels<T>& kernel) {
-    const SampledSums<Sum<T>> s = {
-        .sums = nullptr,
-        .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
-        .idx = static_cast<const int32_t*>(idx.data_ptr()),
-        .batch = a.size(0),
-        .in_features = b.size(1),
-        .out_features = a.size(1),
-    };
-    run_sampled<T>({kernel, kernel.sampled_rows, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
-                   {kernel, kernel.sampled_rows, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s,
-                   static_cast<T*>(values.data_ptr()));
+    for_columns(idx, [&]<typename Index>(const Index* columns) {
+      const SampledSums<Sum<T>, Index> s = {
+          .sums = nullptr,
+          .ptr = static_cast<const int64_t*>(ptr.data_ptr()),
+          .idx = columns,
+          .batch = a.size(0),
+          .in_features = b.size(1),
+          .out_features = a.size(1),
+      };
+      run_sampled<T>({kernel, kernel.sampled_rows, static_cast<const T*>(left.data_ptr()), s.batch, s.out_features},
+                     {kernel, kernel.sampled_rows, static_cast<const T*>(right.data_ptr()), s.batch, s.in_features}, s,
+                     static_cast<T*>(values.data_ptr()));
+    });
   };
   for_dtype(a.scalar_type(), run);
   return values;

@@ -77,19 +77,19 @@ void pack(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* pane
 }
 
 // out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Several at a time hide the FMA's latency.
-template <typename T, int L, int R>
-COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* idx, int64_t count, T start, T* out) {
+template <typename T, int L, int R, typename Index>
+COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const Index* idx, int64_t count, T start, T* out) {
   constexpr int64_t Width = L * R;
   constexpr int Ahead = R < 4 ? 4 : 2;
   Vec<T, L> sum[Ahead][R] = {};
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += start;
   int64_t p = 0;
   for (; p + Ahead <= count; p += Ahead) COMPSPARSE_UNROLL for (int k = 0; k < Ahead; ++k) {
-      const T* row = panel + idx[p + k] * Width;
+      const T* row = panel + int64_t{idx[p + k]} * Width;
       COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += load<T, L>(row + r * L) * values[p + k];
     }
   for (; p < count; ++p) {
-    const T* row = panel + idx[p] * Width;
+    const T* row = panel + int64_t{idx[p]} * Width;
     COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += load<T, L>(row + r * L) * values[p];
   }
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
@@ -98,8 +98,8 @@ COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const int32_t* i
   }
 }
 
-template <typename T, int L, int R>
-void product_panel(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range rows) {
+template <typename T, int L, int R, typename Index>
+void product_panel(const MaskedProduct<T, Index>& p, const Sum<T>* panel, Range batch, Range rows) {
   alignas(64) Sum<T> tile[L * L * R] = {};
   for (int64_t row = rows.begin, end; row < rows.end; row = end) {
     end = min64(round_up(row + 1, L), rows.end);  // tiles begin at multiples of L, as cache lines of y do
@@ -113,24 +113,27 @@ void product_panel(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, 
 
 // sums += values * x[idx], one vector of entries for each of the sums. Loads lane by lane are faster than gathers, and
 // two columns by one load faster still: loads are what this waits for.
-template <typename T, int L, int Count>
-COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const int32_t* idx, Vec<T, L>* sums) {
-  constexpr int first = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 32;
+template <typename T, int L, int Count, typename Index>
+COMPSPARSE_INLINE void multiply_gathered(const T* x, const T* values, const Index* idx, Vec<T, L>* sums) {
+  constexpr bool is_little = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  constexpr int width = 8 * sizeof(Index), first = is_little ? 0 : 64 - width,
+                second = is_little ? width : first - width;
+  constexpr uint64_t one_column = (uint64_t{1} << width) - 1;
   COMPSPARSE_UNROLL for (int s = 0; s < Count; ++s) {
     Vec<T, L> inputs;
     COMPSPARSE_UNROLL for (int i = 0; i < L; i += 2) {
-      uint64_t columns;
-      __builtin_memcpy(&columns, idx + s * L + i, sizeof(columns));
-      inputs[i] = x[uint32_t(columns >> first)];
-      inputs[i + 1] = x[uint32_t(columns >> (32 - first))];
+      uint64_t columns = 0;
+      __builtin_memcpy(&columns, idx + s * L + i, 2 * sizeof(Index));
+      inputs[i] = x[columns >> first & one_column];
+      inputs[i + 1] = x[columns >> second & one_column];
     }
     sums[s] += inputs * load<T, L>(values + s * L);
   }
 }
 
 // One output of the batch row x: four sums hide the latency of the FMA.
-template <typename T, int L>
-COMPSPARSE_INLINE Sum<T> product_element(const MaskedProduct<T>& p, const Sum<T>* x, int64_t r) {
+template <typename T, int L, typename Index>
+COMPSPARSE_INLINE Sum<T> product_element(const MaskedProduct<T, Index>& p, const Sum<T>* x, int64_t r) {
   using S = Sum<T>;
   Vec<S, L> sums[4] = {};
   int64_t e = p.ptr[r];
@@ -145,8 +148,8 @@ COMPSPARSE_INLINE Sum<T> product_element(const MaskedProduct<T>& p, const Sum<T>
 }
 
 // Outputs together, so that they are rounded as vectors.
-template <typename T, int L>
-void product_single(const MaskedProduct<T>& p, const Sum<T>* x, int64_t n, Range rows) {
+template <typename T, int L, typename Index>
+void product_single(const MaskedProduct<T, Index>& p, const Sum<T>* x, int64_t n, Range rows) {
   constexpr int64_t together = 64;
   Sum<T> sums[together];
   for (int64_t row = rows.begin; row < rows.end; row += together) {
@@ -156,16 +159,16 @@ void product_single(const MaskedProduct<T>& p, const Sum<T>* x, int64_t n, Range
   }
 }
 
-template <typename T, class Target>
-void product(const MaskedProduct<T>& p, const Sum<T>* panel, Range batch, Range rows) {
+template <typename T, class Target, typename Index>
+void product(const MaskedProduct<T, Index>& p, const Sum<T>* panel, Range batch, Range rows) {
   const int64_t width = panel_width<Target>(batch.end - batch.begin);
   if (width == 1) return product_single<T, Target::MinLanes>(p, panel, batch.begin, rows);
   with_width<Target, Target::ProductVectors>(width,
                                              [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
 
-template <typename T, int L, int R>
-void sampled_panel(const SampledSums<T>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
+template <typename T, int L, int R, typename Index>
+void sampled_panel(const SampledSums<T, Index>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     Vec<T, L> a[R];
     COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) a[r] = load<T, L>(a_panel + (row * R + r) * L);
@@ -181,28 +184,34 @@ void sampled_panel(const SampledSums<T>& s, const T* a_panel, const T* b_panel, 
   }
 }
 
-template <typename T>
-void sampled_single(const SampledSums<T>& s, const T* a, const T* b, bool add, Range rows) {
+template <typename T, typename Index>
+void sampled_single(const SampledSums<T, Index>& s, const T* a, const T* b, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row)
     for (int64_t p = s.ptr[row]; p < s.ptr[row + 1]; ++p) s.sums[p] = (add ? s.sums[p] : T(0)) + a[row] * b[s.idx[p]];
 }
 
-template <typename T, class Target>
-void sampled(const SampledSums<T>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add, Range rows) {
+template <typename T, class Target, typename Index>
+void sampled(const SampledSums<T, Index>& s, const T* a_panel, const T* b_panel, int64_t batch_rows, bool add,
+             Range rows) {
   const int64_t width = panel_width<Target>(batch_rows);
   if (width == 1) return sampled_single<T>(s, a_panel, b_panel, add, rows);
   with_width<Target, Target::SampledVectors>(
       width, [&]<int L, int R>() { sampled_panel<T, L, R>(s, a_panel, b_panel, add, rows); });
 }
 
+template <typename T, class Target, typename Index>
+constexpr IndexedKernels<T, Index> indexed_kernels() {
+  return {product<T, Target, Index>, sampled<Sum<T>, Target, Index>};
+}
+
 template <typename T, class Target>
 constexpr MaskedKernels<T> masked_kernels() {
-  return {Target::MaxLanes * Target::ProductVectors,
+  return {indexed_kernels<T, Target, int16_t>(),
+          indexed_kernels<T, Target, int32_t>(),
+          Target::MaxLanes * Target::ProductVectors,
           Target::MaxLanes * Target::SampledVectors,
           panel_width<Target>,
           pack<T, Target>,
-          product<T, Target>,
-          sampled<Sum<T>, Target>,
           round_row<T, Target::MaxLanes>};
 }
 

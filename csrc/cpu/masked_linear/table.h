@@ -8,42 +8,47 @@ namespace compsparse {
 // A panel holds some batch rows of a matrix [batch, features] as [features][panel_width(rows)], so that the batch is
 // the vector axis, in the type of their sums. A panel of width 1 is the batch row itself, packed only to widen it.
 
-// y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p].
-template <typename T>
+// y = x W^T + b. Row r of W (CSR) holds entries ptr[r]..ptr[r+1]; entry p sits in column idx[p], int16 or int32.
+template <typename T, typename Index>
 struct MaskedProduct {
   const Sum<T>* values;  // [nnz], in the order of the entries
   const Sum<T>* bias;    // [out_features] or null
   T* y;                  // [batch, out_features]
   const int64_t* ptr;
-  const int32_t* idx;
+  const Index* idx;
   int64_t batch;
   int64_t in_features;
   int64_t out_features;
 };
 
 // sums[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
-template <typename S>
+template <typename S, typename Index>
 struct SampledSums {
   S* sums;  // [nnz]
   const int64_t* ptr;
-  const int32_t* idx;
+  const Index* idx;
   int64_t batch;
   int64_t in_features;
   int64_t out_features;
 };
 
+template <typename T, typename Index>
+struct IndexedKernels {
+  // Outputs `rows` of the batch rows that the panel holds.
+  void (*product)(const MaskedProduct<T, Index>&, const Sum<T>* panel, Range batch, Range rows);
+  // One panel's share of the sums: stored, or added to what is there.
+  void (*sampled)(const SampledSums<Sum<T>, Index>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
+                  bool add, Range rows);
+};
+
+// A reference to one of the bases chooses the width of columns.
 template <typename T>
-struct MaskedKernels {
+struct MaskedKernels : IndexedKernels<T, int16_t>, IndexedKernels<T, int32_t> {
   int64_t product_rows;  // batch rows of a full panel of the product
   int64_t sampled_rows;  // and of the sampled product
   int64_t (*panel_width)(int64_t rows);
   // The given features of `rows` batch rows of x, which are `stride` apart.
   void (*pack)(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* panel);
-  // Outputs `rows` of the batch rows that the panel holds.
-  void (*product)(const MaskedProduct<T>&, const Sum<T>* panel, Range batch, Range rows);
-  // One panel's share of the sums: stored, or added to what is there.
-  void (*sampled)(const SampledSums<Sum<T>>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
-                  bool add, Range rows);
   void (*round)(const Sum<T>* sums, Range entries, T* values);
 };
 

@@ -50,6 +50,14 @@ void with_element_type(const Tensor& tensor, const Visit& visit) {
   }
 }
 
+// Calls visit(idx) with columns of their own width.
+template <typename Visit>
+void with_columns(const Tensor& idx, const Visit& visit) {
+  const bool is_narrow = idx.scalar_type() == ScalarType::Short;
+  STD_TORCH_CHECK(is_narrow || idx.scalar_type() == ScalarType::Int, "idx: expected int16 or int32");
+  is_narrow ? visit(data<const int16_t>(idx)) : visit(data<const int32_t>(idx));
+}
+
 // So many numbers of the type in which T is summed.
 template <typename T>
 Tensor new_sums(const Tensor& like, int64_t count) {
@@ -81,22 +89,24 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
     const Tensor y_scratch = torch::stable::new_empty(x, {panel_size<T>(x.size(0), out_features)});
     const int64_t piece_sums = pieces_size<T>(x.size(0), x.size(1), out_features, idx.size(0));
     const Tensor pieces_scratch = new_sums<T>(x, piece_sums);
-    const MaskedLinearCall<T> call = {
-        .x = data<const T>(input),
-        .values = data<const T>(ordered),
-        .bias = offset ? data<const T>(*offset) : nullptr,
-        .y = data<T>(y),
-        .ptr = data<const int64_t>(ptr),
-        .idx = data<const int32_t>(idx),
-        .batch = x.size(0),
-        .in_features = x.size(1),
-        .out_features = out_features,
-        .entries = idx.size(0),
-        .x_scratch = data<T>(x_scratch),
-        .y_scratch = data<T>(y_scratch),
-        .pieces_scratch = data<Sum<T>>(pieces_scratch),
-    };
-    launch_masked_linear(call, device.stream);
+    with_columns(idx, [&]<typename Index>(const Index* columns) {
+      const MaskedLinearCall<T, Index> call = {
+          .x = data<const T>(input),
+          .values = data<const T>(ordered),
+          .bias = offset ? data<const T>(*offset) : nullptr,
+          .y = data<T>(y),
+          .ptr = data<const int64_t>(ptr),
+          .idx = columns,
+          .batch = x.size(0),
+          .in_features = x.size(1),
+          .out_features = out_features,
+          .entries = idx.size(0),
+          .x_scratch = data<T>(x_scratch),
+          .y_scratch = data<T>(y_scratch),
+          .pieces_scratch = data<Sum<T>>(pieces_scratch),
+      };
+      launch_masked_linear(call, device.stream);
+    });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
@@ -109,20 +119,22 @@ Tensor sampled_matmul(const Tensor& a, const Tensor& b, const Tensor& ptr, const
   with_element_type(a, [&]<typename T>() {
     const Tensor a_scratch = torch::stable::new_empty(a, {panel_size<T>(a.size(0), a.size(1))});
     const Tensor b_scratch = torch::stable::new_empty(a, {panel_size<T>(a.size(0), b.size(1))});
-    const SampledMatmulCall<T> call = {
-        .a = data<const T>(left),
-        .b = data<const T>(right),
-        .values = data<T>(values),
-        .ptr = data<const int64_t>(ptr),
-        .idx = data<const int32_t>(idx),
-        .batch = a.size(0),
-        .in_features = b.size(1),
-        .out_features = a.size(1),
-        .entries = idx.size(0),
-        .a_scratch = data<T>(a_scratch),
-        .b_scratch = data<T>(b_scratch),
-    };
-    launch_sampled_matmul(call, device.stream);
+    with_columns(idx, [&]<typename Index>(const Index* columns) {
+      const SampledMatmulCall<T, Index> call = {
+          .a = data<const T>(left),
+          .b = data<const T>(right),
+          .values = data<T>(values),
+          .ptr = data<const int64_t>(ptr),
+          .idx = columns,
+          .batch = a.size(0),
+          .in_features = b.size(1),
+          .out_features = a.size(1),
+          .entries = idx.size(0),
+          .a_scratch = data<T>(a_scratch),
+          .b_scratch = data<T>(b_scratch),
+      };
+      launch_sampled_matmul(call, device.stream);
+    });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return values;

@@ -18,15 +18,15 @@
 
 namespace compsparse::cuda {
 
-// y = x W^T + b on panels: x [in, stride], y [rows, stride], W [rows, in] in CSR.
-template <typename T>
+// y = x W^T + b on panels: x [in, stride], y [rows, stride], W [rows, in] in CSR, with columns of int16 or int32.
+template <typename T, typename Index>
 struct MaskedProduct {
   const T* x;
   const T* values;  // [entries]
   const T* bias;    // [rows] or null
   T* y;
   const int64_t* ptr;  // [rows + 1]
-  const int32_t* idx;  // [entries]
+  const Index* idx;    // [entries]
   int64_t rows;
   int64_t entries;
   int64_t stride;
@@ -35,13 +35,13 @@ struct MaskedProduct {
 
 // values[p] = sum over n of a[row of p, n] b[idx[p], n] on panels a [rows, stride], b [in, stride]; the columns of the
 // panels beyond the batch are zero.
-template <typename T>
+template <typename T, typename Index>
 struct SampledProduct {
   const T* a;
   const T* b;
   T* values;           // [entries]
   const int64_t* ptr;  // [rows + 1]
-  const int32_t* idx;  // [entries]
+  const Index* idx;    // [entries]
   int64_t rows;
   int64_t entries;
   int64_t stride;
@@ -60,9 +60,9 @@ struct Place {
 };
 
 // Adds the slice's share of the entries [begin, end) to the sums of V batch columns.
-template <int V, int Slices, typename T>
-__device__ inline void add_entries(const MaskedProduct<T>& p, int64_t begin, int64_t end, int slice, int64_t column,
-                                   Sum<T> (&sums)[V]) {
+template <int V, int Slices, typename T, typename Index>
+__device__ inline void add_entries(const MaskedProduct<T, Index>& p, int64_t begin, int64_t end, int slice,
+                                   int64_t column, Sum<T> (&sums)[V]) {
   constexpr int Ahead = 4;  // loads in flight
   const T* const x = p.x + column;
   int64_t entry = begin + slice;
@@ -97,8 +97,8 @@ __device__ inline void add_slices(S (&sums)[V]) {
 }
 
 // One row, or a piece of it, summed by all warps of the block: each takes a stretch, and one thread per column adds up.
-template <int V, int Group, typename T>
-__device__ inline void product_long_row(const MaskedProduct<T>& p, int64_t block, Piece piece,
+template <int V, int Group, typename T, typename Index>
+__device__ inline void product_long_row(const MaskedProduct<T, Index>& p, int64_t block, Piece piece,
                                         const Place<V, Group>& place, int64_t first_column, int64_t column,
                                         Sum<T>* partial) {
   constexpr int Width = Place<V, Group>::Width;
@@ -126,8 +126,8 @@ __device__ inline void product_long_row(const MaskedProduct<T>& p, int64_t block
 }
 
 // The rows that begin in the warp's window, but for a last one that is long, which is returned; -1 if there is none.
-template <int V, int Group, typename T>
-__device__ inline int64_t product_window(const MaskedProduct<T>& p, int64_t window, const Place<V, Group>& place,
+template <int V, int Group, typename T, typename Index>
+__device__ inline int64_t product_window(const MaskedProduct<T, Index>& p, int64_t window, const Place<V, Group>& place,
                                          bool has_columns, int64_t column) {
   const int64_t end = (window + 1) * WarpWork;
   for (int64_t row = first_row_from(p.ptr, p.rows, window * WarpWork); row < p.rows; ++row) {
@@ -146,8 +146,8 @@ __device__ inline int64_t product_window(const MaskedProduct<T>& p, int64_t wind
   return -1;
 }
 
-template <typename T, int V, int Group>
-__global__ void __launch_bounds__(BlockThreads) product(MaskedProduct<T> p) {
+template <typename T, typename Index, int V, int Group>
+__global__ void __launch_bounds__(BlockThreads) product(MaskedProduct<T, Index> p) {
   CS_SHARED(Sum<T>, partial, Warps * Group * V);
   CS_SHARED(int64_t, long_rows, Warps);
   const Place<V, Group> place;
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(BlockThreads) product(MaskedProduct<T> p) {
 }
 
 // The rows that were cut: each block has the one that begins in its windows, if there is one, and a piece of the batch.
-template <typename T>
-__global__ void __launch_bounds__(BlockThreads) add_pieces(MaskedProduct<T> p) {
+template <typename T, typename Index>
+__global__ void __launch_bounds__(BlockThreads) add_pieces(MaskedProduct<T, Index> p) {
   const int64_t blocks = blocks_for(p.rows, p.entries);
   const int64_t block = blockIdx.x % blocks, column = blockIdx.x / blocks * BlockThreads + threadIdx.x;
   const int64_t row = first_row_from(p.ptr, p.rows, (block + 1) * BlockWork) - 1;
@@ -211,9 +211,10 @@ constexpr int SampledAtOnce = 4;  // entries of a slice
 
 // The products of the row with the panel rows columns[0 .. SampledAtOnce), as far as the batch columns of the thread
 // go.
-template <int V, int Group, typename T>
-__device__ inline void multiply_rows(const SampledProduct<T>& s, int64_t row, const int32_t (&columns)[SampledAtOnce],
-                                     int column, Sum<T> (&sums)[SampledAtOnce]) {
+template <int V, int Group, typename T, typename Index>
+__device__ inline void multiply_rows(const SampledProduct<T, Index>& s, int64_t row,
+                                     const int32_t (&columns)[SampledAtOnce], int column,
+                                     Sum<T> (&sums)[SampledAtOnce]) {
 #pragma unroll 1  // the loads of one step are enough in flight, and more of them would spill
   for (int64_t n = column; n < s.stride; n += Place<V, Group>::Width) {
     const Vector<T, V> a = load<V>(s.a + row * s.stride + n);
@@ -228,8 +229,8 @@ __device__ inline void multiply_rows(const SampledProduct<T>& s, int64_t row, co
 }
 
 // The entries first, first + Slices, ... of the slice, of which those before `end` exist.
-template <int V, int Group, typename T>
-__device__ inline void sample_entries(const SampledProduct<T>& s, int64_t row, int64_t first, int64_t end,
+template <int V, int Group, typename T, typename Index>
+__device__ inline void sample_entries(const SampledProduct<T, Index>& s, int64_t row, int64_t first, int64_t end,
                                       const Place<V, Group>& place) {
   constexpr int Slices = Place<V, Group>::Slices;
   int32_t columns[SampledAtOnce];
@@ -249,8 +250,8 @@ __device__ inline void sample_entries(const SampledProduct<T>& s, int64_t row, i
   }
 }
 
-template <typename T, int V, int Group>
-__global__ void __launch_bounds__(BlockThreads, BlocksAtOnce) sampled(SampledProduct<T> s) {
+template <typename T, typename Index, int V, int Group>
+__global__ void __launch_bounds__(BlockThreads, BlocksAtOnce) sampled(SampledProduct<T, Index> s) {
   const Place<V, Group> place;
   const int64_t begin = (int64_t{blockIdx.x} * Warps + place.warp) * WarpWork, end = begin + WarpWork;
   for (int64_t row = row_at(s.ptr, s.rows, begin); row < s.rows; ++row) {

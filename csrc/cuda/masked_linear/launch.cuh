@@ -43,14 +43,14 @@ const T* to_panel(const T* x, int64_t batch, int64_t features, T* scratch, Strea
   return scratch;
 }
 
-template <typename T>
+template <typename T, typename Index>
 struct MaskedLinearCall {
   const T* x;       // [batch, in]
   const T* values;  // [entries], in the order of the entries
   const T* bias;    // [out] or null
   T* y;             // [batch, out]
   const int64_t* ptr;
-  const int32_t* idx;
+  const Index* idx;
   int64_t batch;
   int64_t in_features;
   int64_t out_features;
@@ -60,10 +60,10 @@ struct MaskedLinearCall {
   Sum<T>* pieces_scratch;  // pieces_size(batch, in, out, entries)
 };
 
-template <typename T, typename Stream>
-void launch_masked_linear(const MaskedLinearCall<T>& call, Stream stream) {
+template <typename T, typename Index, typename Stream>
+void launch_masked_linear(const MaskedLinearCall<T, Index>& call, Stream stream) {
   if (call.batch == 0 || call.out_features == 0) return;
-  const MaskedProduct<T> p = {
+  const MaskedProduct<T, Index> p = {
       .x = to_panel(call.x, call.batch, call.in_features, call.x_scratch, stream),
       .values = call.values,
       .bias = call.bias,
@@ -78,23 +78,23 @@ void launch_masked_linear(const MaskedLinearCall<T>& call, Stream stream) {
   with_warp_shape<T>(p.stride, [&]<int V, int Group>() {
     const int64_t pieces = ceil_div(p.stride, Place<V, Group>::Width);
     const dim3 grid = grid_of(blocks_for(p.rows, p.entries) * pieces);
-    CS_LAUNCH((product<T, V, Group>), grid, dim3(BlockThreads), 0, stream, p);
+    CS_LAUNCH((product<T, Index, V, Group>), grid, dim3(BlockThreads), 0, stream, p);
   });
   if (p.pieces) {
     const dim3 grid = grid_of(blocks_for(p.rows, p.entries) * ceil_div(p.stride, BlockThreads));
-    CS_LAUNCH(add_pieces<T>, grid, dim3(BlockThreads), 0, stream, p);
+    CS_LAUNCH((add_pieces<T, Index>), grid, dim3(BlockThreads), 0, stream, p);
   }
   if (call.batch > 1)
     launch_transpose<T>({p.y, call.y, call.out_features, call.batch, p.stride, call.out_features}, stream);
 }
 
-template <typename T>
+template <typename T, typename Index>
 struct SampledMatmulCall {
   const T* a;  // [batch, out]
   const T* b;  // [batch, in]
   T* values;   // [entries]
   const int64_t* ptr;
-  const int32_t* idx;
+  const Index* idx;
   int64_t batch;
   int64_t in_features;
   int64_t out_features;
@@ -103,10 +103,10 @@ struct SampledMatmulCall {
   T* b_scratch;  // panel_size(batch, in)
 };
 
-template <typename T, typename Stream>
-void launch_sampled_matmul(const SampledMatmulCall<T>& call, Stream stream) {
+template <typename T, typename Index, typename Stream>
+void launch_sampled_matmul(const SampledMatmulCall<T, Index>& call, Stream stream) {
   if (call.entries == 0) return;
-  const SampledProduct<T> s = {
+  const SampledProduct<T, Index> s = {
       .a = to_panel(call.a, call.batch, call.out_features, call.a_scratch, stream),
       .b = to_panel(call.b, call.batch, call.in_features, call.b_scratch, stream),
       .values = call.values,
@@ -118,7 +118,7 @@ void launch_sampled_matmul(const SampledMatmulCall<T>& call, Stream stream) {
   };
   with_warp_shape<T>(s.stride, [&]<int V, int Group>() {
     const dim3 grid = grid_of(blocks_for(s.rows, s.entries));
-    CS_LAUNCH((sampled<T, V, Group>), grid, dim3(BlockThreads), 0, stream, s);
+    CS_LAUNCH((sampled<T, Index, V, Group>), grid, dim3(BlockThreads), 0, stream, s);
   });
 }
 

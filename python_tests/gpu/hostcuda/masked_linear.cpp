@@ -25,6 +25,12 @@ void with_element_type(int type, const Visit& visit) {
   }
 }
 
+// Calls visit(idx) with columns of their own width.
+template <typename Visit>
+void with_columns(const void* idx, int wide_idx, const Visit& visit) {
+  wide_idx ? visit(static_cast<const int32_t*>(idx)) : visit(static_cast<const int16_t*>(idx));
+}
+
 template <typename T>
 void gather_values(const void* values, const void* perm, int wide_perm, const Buffer<T>& ordered) {
   const T* const from = static_cast<const T*>(values);
@@ -39,50 +45,54 @@ void gather_values(const void* values, const void* perm, int wide_perm, const Bu
 void hostcuda_seed(unsigned seed) { cs::seed(seed); }
 
 void hostcuda_masked_linear(int element_type, const void* x, const void* values, const void* bias, void* y,
-                            const int64_t* ptr, const int32_t* idx, const void* perm, int wide_perm, int64_t batch,
-                            int64_t in_features, int64_t out_features, int64_t entries) {
+                            const int64_t* ptr, const void* idx, int wide_idx, const void* perm, int wide_perm,
+                            int64_t batch, int64_t in_features, int64_t out_features, int64_t entries) {
   with_element_type(element_type, [&]<typename T>() {
     const Buffer<T> ordered(perm ? entries : 0);
     if (perm) gather_values(values, perm, wide_perm, ordered);
     const Buffer<T> x_scratch(panel_size<T>(batch, in_features)), y_scratch(panel_size<T>(batch, out_features));
     const Buffer<Sum<T>> pieces_scratch(pieces_size<T>(batch, in_features, out_features, entries));
-    const MaskedLinearCall<T> call = {
-        .x = static_cast<const T*>(x),
-        .values = perm ? ordered.data() : static_cast<const T*>(values),
-        .bias = static_cast<const T*>(bias),
-        .y = static_cast<T*>(y),
-        .ptr = ptr,
-        .idx = idx,
-        .batch = batch,
-        .in_features = in_features,
-        .out_features = out_features,
-        .entries = entries,
-        .x_scratch = x_scratch.data(),
-        .y_scratch = y_scratch.data(),
-        .pieces_scratch = pieces_scratch.data(),
-    };
-    launch_masked_linear(call, no_stream);
+    with_columns(idx, wide_idx, [&]<typename Index>(const Index* columns) {
+      const MaskedLinearCall<T, Index> call = {
+          .x = static_cast<const T*>(x),
+          .values = perm ? ordered.data() : static_cast<const T*>(values),
+          .bias = static_cast<const T*>(bias),
+          .y = static_cast<T*>(y),
+          .ptr = ptr,
+          .idx = columns,
+          .batch = batch,
+          .in_features = in_features,
+          .out_features = out_features,
+          .entries = entries,
+          .x_scratch = x_scratch.data(),
+          .y_scratch = y_scratch.data(),
+          .pieces_scratch = pieces_scratch.data(),
+      };
+      launch_masked_linear(call, no_stream);
+    });
   });
 }
 
 void hostcuda_sampled_matmul(int element_type, const void* a, const void* b, void* values, const int64_t* ptr,
-                             const int32_t* idx, int64_t batch, int64_t in_features, int64_t out_features,
+                             const void* idx, int wide_idx, int64_t batch, int64_t in_features, int64_t out_features,
                              int64_t entries) {
   with_element_type(element_type, [&]<typename T>() {
     const Buffer<T> a_scratch(panel_size<T>(batch, out_features)), b_scratch(panel_size<T>(batch, in_features));
-    const SampledMatmulCall<T> call = {
-        .a = static_cast<const T*>(a),
-        .b = static_cast<const T*>(b),
-        .values = static_cast<T*>(values),
-        .ptr = ptr,
-        .idx = idx,
-        .batch = batch,
-        .in_features = in_features,
-        .out_features = out_features,
-        .entries = entries,
-        .a_scratch = a_scratch.data(),
-        .b_scratch = b_scratch.data(),
-    };
-    launch_sampled_matmul(call, no_stream);
+    with_columns(idx, wide_idx, [&]<typename Index>(const Index* columns) {
+      const SampledMatmulCall<T, Index> call = {
+          .a = static_cast<const T*>(a),
+          .b = static_cast<const T*>(b),
+          .values = static_cast<T*>(values),
+          .ptr = ptr,
+          .idx = columns,
+          .batch = batch,
+          .in_features = in_features,
+          .out_features = out_features,
+          .entries = entries,
+          .a_scratch = a_scratch.data(),
+          .b_scratch = b_scratch.data(),
+      };
+      launch_sampled_matmul(call, no_stream);
+    });
   });
 }

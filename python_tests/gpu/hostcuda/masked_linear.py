@@ -19,10 +19,10 @@ def masked_linear(x, values, bias, ptr, idx, perm, out_features):
     """``compsparse::masked_linear``; see ``ops/masked_linear/contract.py``."""
     y = torch.full((x.shape[0], out_features), torch.nan, dtype=x.dtype)
     x, values = x.contiguous(), values.contiguous()
-    pointers = map(_pointer, (x, values, bias, y, ptr, idx, perm))
-    is_wide = perm is not None and perm.dtype == torch.int64
+    pointers = map(_pointer, (x, values, bias, y, ptr, idx))
+    positions = _pointer(perm), int(perm is not None and perm.dtype == torch.int64)
     sizes = map(ctypes.c_int64, (*x.shape, out_features, len(idx)))
-    _library().hostcuda_masked_linear(ELEMENT_TYPES[x.dtype], *pointers, int(is_wide), *sizes)
+    _library().hostcuda_masked_linear(ELEMENT_TYPES[x.dtype], *pointers, _is_wide(idx), *positions, *sizes)
     return y
 
 
@@ -32,8 +32,12 @@ def sampled_matmul(a, b, ptr, idx):
     a, b = a.contiguous(), b.contiguous()
     pointers = map(_pointer, (a, b, values, ptr, idx))
     sizes = map(ctypes.c_int64, (a.shape[0], b.shape[1], a.shape[1], len(idx)))
-    _library().hostcuda_sampled_matmul(ELEMENT_TYPES[a.dtype], *pointers, *sizes)
+    _library().hostcuda_sampled_matmul(ELEMENT_TYPES[a.dtype], *pointers, _is_wide(idx), *sizes)
     return values
+
+
+def _is_wide(idx):
+    return {torch.int16: 0, torch.int32: 1}[idx.dtype]
 
 
 def _pointer(tensor):

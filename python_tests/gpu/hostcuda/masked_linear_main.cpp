@@ -120,19 +120,19 @@ void expect(const char* what, const Shape& shape, int64_t i, const T& result, co
           number(result), exact.sum, bound);
 }
 
-template <typename T>
+template <typename T, typename Index>
 void check_product(const Shape& shape, const Pattern& pattern, bool permuted, std::mt19937& generator) {
   const int64_t entries = pattern.entries();
   const auto x = random_buffer<T>(shape.batch * shape.in_features, generator);
   const auto values = random_buffer<T>(entries, generator), bias = random_buffer<T>(shape.out_features, generator);
   const auto ptr = exactly(pattern.ptr);
-  const auto idx = exactly(pattern.idx);
+  const auto idx = exactly(std::vector<Index>(pattern.idx.begin(), pattern.idx.end()));
   Buffer<int32_t> perm(entries);
   for (int64_t p = 0; p < entries; ++p) perm[p] = static_cast<int32_t>(permuted ? entries - 1 - p : p);
   Buffer<T> y(shape.batch * shape.out_features);
   hostcuda_masked_linear(Traits<T>::type, x.data(), values.data(), bias.data(), y.data(), ptr.data(), idx.data(),
-                         permuted ? perm.data() : nullptr, false, shape.batch, shape.in_features, shape.out_features,
-                         entries);
+                         sizeof(Index) == 4, permuted ? perm.data() : nullptr, false, shape.batch, shape.in_features,
+                         shape.out_features, entries);
   for (int64_t n = 0; n < shape.batch; ++n)
     for (int64_t row = 0; row < shape.out_features; ++row) {
       Exact exact;
@@ -143,15 +143,15 @@ void check_product(const Shape& shape, const Pattern& pattern, bool permuted, st
     }
 }
 
-template <typename T>
+template <typename T, typename Index>
 void check_sampled(const Shape& shape, const Pattern& pattern, std::mt19937& generator) {
   const auto a = random_buffer<T>(shape.batch * shape.out_features, generator);
   const auto b = random_buffer<T>(shape.batch * shape.in_features, generator);
   const auto ptr = exactly(pattern.ptr);
-  const auto idx = exactly(pattern.idx);
+  const auto idx = exactly(std::vector<Index>(pattern.idx.begin(), pattern.idx.end()));
   Buffer<T> values(pattern.entries());
-  hostcuda_sampled_matmul(Traits<T>::type, a.data(), b.data(), values.data(), ptr.data(), idx.data(), shape.batch,
-                          shape.in_features, shape.out_features, pattern.entries());
+  hostcuda_sampled_matmul(Traits<T>::type, a.data(), b.data(), values.data(), ptr.data(), idx.data(),
+                          sizeof(Index) == 4, shape.batch, shape.in_features, shape.out_features, pattern.entries());
   for (int64_t row = 0; row < shape.out_features; ++row)
     for (int64_t p = ptr[row]; p < ptr[row + 1]; ++p) {
       Exact exact;
@@ -161,11 +161,17 @@ void check_sampled(const Shape& shape, const Pattern& pattern, std::mt19937& gen
     }
 }
 
+template <typename T, typename Index>
+void check_columns(const Shape& shape, const Pattern& pattern, std::mt19937& generator) {
+  check_product<T, Index>(shape, pattern, shape.batch % 2 == 0, generator);
+  check_sampled<T, Index>(shape, pattern, generator);
+}
+
 template <typename T>
 void check(const Shape& shape, std::mt19937& generator) {
   const Pattern pattern = random_pattern(shape, generator);
-  check_product<T>(shape, pattern, shape.batch % 2 == 0, generator);
-  check_sampled<T>(shape, pattern, generator);
+  check_columns<T, int16_t>(shape, pattern, generator);
+  check_columns<T, int32_t>(shape, pattern, generator);
 }
 
 }  // namespace
