@@ -118,19 +118,36 @@ class PreparedKeys {
 // Queries so few that keys are read as they lie: to repack them costs as much as some products with them.
 constexpr int64_t few_queries = 8;
 
-// The index of all keys, where it pays and none was given.
+// Heads [batch * heads] whose queries go by the index; where most keys are kept it is a detour.
 template <typename T>
-Scratch<uint8_t> new_index(const AttentionKernels<T>& kernel, Attention<T>& a) {
-  const AttentionSizes& size = a.size;
+std::vector<uint8_t> heads_by_index(const AttentionKernels<T>& kernel, const Attention<T>& a,
+                                    const AttentionScratch<T>& scratch) {
+  constexpr double most_kept = 0.5;
   constexpr int64_t least_keys = 256;
-  if (!kernel.forward_indexed || a.index || a.rule == Rule::topk || size.keys < least_keys) return nullptr;
-  if (size.queries * (size.heads / size.kv_heads) <= few_queries) return nullptr;
+  const AttentionSizes& size = a.size;
+  std::vector<uint8_t> chosen(size.batch * size.heads, a.index != nullptr);
+  if (chosen.empty() || !kernel.forward_indexed || a.index || a.rule == Rule::topk || size.keys < least_keys)
+    return chosen;
+  if (size.queries * (size.heads / size.kv_heads) <= few_queries) return chosen;
+  for (int64_t head = 0; head < size.batch * size.heads; ++head)
+    chosen[head] = !(kernel.head_share(a, head / size.heads, head % size.heads, scratch) > most_kept);
+  return chosen;
+}
+
+// The index of the keys that the chosen heads attend to, where none was given.
+template <typename T>
+Scratch<uint8_t> new_index(const AttentionKernels<T>& kernel, Attention<T>& a, const std::vector<uint8_t>& chosen) {
+  const AttentionSizes& size = a.size;
+  if (a.index || std::find(chosen.begin(), chosen.end(), 1) == chosen.end()) return nullptr;
   const int64_t panels = (size.keys + index_panel_keys - 1) / index_panel_keys, heads = size.batch * size.kv_heads;
+  const int64_t group = size.heads / size.kv_heads;
   a.index_stride = panels * index_panel_bytes(size.width);
   Scratch<uint8_t> index = make_scratch<uint8_t>(heads * a.index_stride);
   const int64_t parts = parts_for(heads * size.keys * size.width);
   for_each_part(parts, [&](int64_t part) {
     for (int64_t head = 0; head < heads; ++head) {
+      const auto first = chosen.begin() + head * group;
+      if (std::find(first, first + group, 1) == first + group) continue;
       const Range mine = equal_share(panels, part, parts);
       const Range keys = {mine.begin * index_panel_keys, std::min(mine.end * index_panel_keys, size.keys)};
       kernel.pack_index(a.key.head(head / size.kv_heads, head % size.kv_heads) + keys.begin * a.key.stride,
@@ -155,7 +172,6 @@ struct SupportParts {
 template <typename T>
 void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportParts<T>* support) {
   const AttentionSizes& size = a.size;
-  const Scratch<uint8_t> index = new_index(kernel, a);
   const int64_t group = size.heads / std::max<int64_t>(size.kv_heads, 1);
   std::optional<PreparedKeys<T>> keys;
   if (size.queries * group > few_queries) keys.emplace(kernel, a);
@@ -166,6 +182,8 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportPart
   std::vector<Buffers<T>> buffers;
   for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size);
   if (support) support->arenas.resize(parts);
+  const std::vector<uint8_t> by_index = heads_by_index(kernel, a, buffers[0].scratch(false));
+  const Scratch<uint8_t> index = new_index(kernel, a, by_index);
   std::vector<uint8_t> failed(parts, 0);
   std::atomic<int64_t> next{0};
   for_each_part(parts, [&](int64_t part) {
@@ -173,7 +191,7 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportPart
     for (int64_t unit; (unit = next++) < total;) {
       const Range rows = units.rows(unit);
       const int64_t head = units.head(unit), b = head / size.heads, h = head % size.heads;
-      if (!a.index || !kernel.forward_indexed(a, b, h, rows, scratch)) {
+      if (!by_index[head] || !kernel.forward_indexed(a, b, h, rows, scratch)) {
         if (keys) keys->need(b, h / group);
         kernel.forward(a, b, h, rows, scratch);
       }

@@ -57,7 +57,8 @@ void run_backward(const AttentionKernels<T>& kernel, AttentionGradient<T>& g) {
   const int64_t work = (g.row_ptr[rows] + rows + keys) * (size.width + size.value_width);
   const int64_t parts = parts_for(work), kv_heads = size.batch * size.kv_heads;
   if (kv_heads == 0) return;
-  g.finite = size.value_width > 0 && double(g.row_ptr[rows]) >= maybe_dense * double(rows) * double(size.keys) && all_numbers_finite(g);
+  g.finite = size.value_width > 0 && double(g.row_ptr[rows]) >= maybe_dense * double(rows) * double(size.keys) &&
+             all_numbers_finite(g);
   const int64_t packed_head = round_up(size.keys, kernel.panel_keys) * size.value_width;
   const Scratch<T> packed = g.finite ? make_scratch<T>(kv_heads * packed_head) : nullptr;
   if (packed)

@@ -220,6 +220,35 @@ void forward(const Attention<T>& a, int64_t b, int64_t h, Range queries, const A
     sparse_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
 }
 
+// The share of keys that may be kept by a few queries of a head, among a few keys all over those in sight.
+template <typename T, class Target>
+double head_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionScratch<T>& scratch) {
+  constexpr int64_t Queries = 8, Places = 4, Keys = 64;  // at each place
+  constexpr int L = Target::Lanes;
+  const T* keys = a.key.head(b, h / (a.size.heads / a.size.kv_heads));
+  int64_t found = 0, seen = 0;
+  for (int64_t s = 0; s < Queries; ++s) {
+    const int64_t i = (2 * s + 1) * a.size.queries / (2 * Queries);
+    const QueryState<T> q = start_query(a, b, h, i, scratch.queries);
+    const int64_t spare = max64(q.sight.end - q.sight.first - Keys, 0);
+    T* scores = scratch.scores;
+    T top = -__builtin_inf();
+    int64_t counts[Places];
+    for (int64_t p = 0; p < Places; ++p) {
+      const int64_t first = q.sight.first + p * spare / (Places - 1), count = min64(Keys, q.sight.end - first);
+      direct_scores<T, L>(scratch.queries, a.size.width, keys + first * a.key.stride, a.key.stride, count,
+                          scores + p * Keys);
+      counts[p] = finish_scores<T, L>(a, q, first, count, scores + p * Keys);
+      top = larger_of(top, largest_score<T, L>(scores + p * Keys, counts[p]));
+    }
+    const T least = T((q.from_top ? double(top) : 0) + q.cut);
+    for (int64_t p = 0; p < Places; seen += counts[p++])
+      for (int64_t j = 0; j < counts[p]; j += L)
+        found += count_bits(not_below<T, L>(load<T, L>(scores + p * Keys + j), least));
+  }
+  return seen > 0 ? double(found) / double(seen) : 0;
+}
+
 template <typename T, class Target>
 constexpr AttentionKernels<T> attention_kernels() {
   return {Target::PanelKeys,
@@ -228,6 +257,7 @@ constexpr AttentionKernels<T> attention_kernels() {
           kCandidateSlack,
           pack_keys<T, Target>,
           forward<T, Target>,
+          head_share<T, Target>,
           nullptr,
           nullptr,
           attention_backward_rows<T, Target>,
