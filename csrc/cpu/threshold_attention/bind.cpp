@@ -122,7 +122,6 @@ constexpr int64_t few_queries = 8;
 template <typename T>
 std::vector<uint8_t> heads_by_index(const AttentionKernels<T>& kernel, const Attention<T>& a,
                                     const AttentionScratch<T>& scratch) {
-  constexpr double most_kept = 0.5;
   constexpr int64_t least_keys = 256;
   const AttentionSizes& size = a.size;
   std::vector<uint8_t> chosen(size.batch * size.heads, a.index != nullptr);
@@ -130,7 +129,7 @@ std::vector<uint8_t> heads_by_index(const AttentionKernels<T>& kernel, const Att
     return chosen;
   if (size.queries * (size.heads / size.kv_heads) <= few_queries) return chosen;
   for (int64_t head = 0; head < size.batch * size.heads; ++head)
-    chosen[head] = !(kernel.head_share(a, head / size.heads, head % size.heads, scratch) > most_kept);
+    chosen[head] = !(kernel.head_share(a, head / size.heads, head % size.heads, scratch) > kernel.most_by_index);
   return chosen;
 }
 

@@ -30,6 +30,7 @@ COMPSPARSE_INLINE Vec<float, L> lowest() {
 #if defined(__AVX512VNNI__)
 
 constexpr int kIndexLanes = 16, kIndexRows = 6;
+constexpr double kMostByIndex = 0.5;
 
 inline float query_step(const float* query, int64_t width) {
   return largest_size<kIndexLanes>(query, width) / float(kLargestCode);
@@ -72,6 +73,7 @@ __attribute__((noinline)) void code_tile(const int8_t* codes, const CodedQuery* 
 #elif defined(__AVX2__)
 
 constexpr int kIndexLanes = 8, kIndexRows = 3;
+constexpr double kMostByIndex = 0.3;
 
 // Products of pairs are added up in 16 bits, two steps of four codes at a time, and a key's code is 255 at most: so the
 // sizes of the codes that meet there may sum up to no more than 128, two of them rounding's.

@@ -237,6 +237,7 @@ bool forward_indexed(const Attention<float>& a, int64_t b, int64_t h, Range quer
 template <class Target>
 constexpr AttentionKernels<float> indexed_kernels() {
   AttentionKernels<float> kernels = attention_kernels<float, Target>();
+  kernels.most_by_index = kMostByIndex;
   kernels.forward_indexed = forward_indexed<Target>;
   kernels.pack_index = pack_index<kIndexLanes>;
   return kernels;

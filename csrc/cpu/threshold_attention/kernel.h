@@ -257,6 +257,7 @@ constexpr AttentionKernels<T> attention_kernels() {
           kCandidateSlack,
           pack_keys<T, Target>,
           forward<T, Target>,
+          0,
           head_share<T, Target>,
           nullptr,
           nullptr,

@@ -119,7 +119,8 @@ struct AttentionKernels {
   // Keys of one head, and the largest norm in each panel where these are wanted.
   void (*pack_keys)(const T* keys, int64_t stride, int64_t number, int64_t width, T* packed, double* norms);
   void (*forward)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
-  // The share of keys that a few queries of a head keep among a few keys.
+  double most_by_index;  // share of keys kept up to which the index pays
+  // That share for a few queries of a head and a few keys.
   double (*head_share)(const Attention<T>&, int64_t b, int64_t h, const AttentionScratch<T>&);
   // By the index alone; false where too many keys are candidates, and nothing is done. Null: no index here.
   bool (*forward_indexed)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
