@@ -241,7 +241,8 @@ double head_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionSc
       counts[p] = finish_scores<T, L>(a, q, first, count, scores + p * Keys);
       top = larger_of(top, largest_score<T, L>(scores + p * Keys, counts[p]));
     }
-    const T least = T((q.from_top ? double(top) : 0) + q.cut);
+    const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);  // masked keys are under it
+    const T least = larger_of(T((q.from_top ? double(top) : 0) + q.cut), lowest);
     for (int64_t p = 0; p < Places; seen += counts[p++])
       for (int64_t j = 0; j < counts[p]; j += L)
         found += count_bits(not_below<T, L>(load<T, L>(scores + p * Keys + j), least));
