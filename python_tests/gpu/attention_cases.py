@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import torch
 import triton
@@ -12,6 +11,7 @@ from compsparse_kernels.ops.triton_launch import MOST_REGISTERS, Launch
 from python_tests.attention import op_arguments
 from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
 from python_tests.gpu.cases import DTYPES, shared_memory_of
+from python_tests.gpu.covering import covering
 
 TOKENS, HEADS, KV_HEADS = 1024, 4, 2
 FORWARD, BACKWARD = ("screen", "decide", "attend"), ("rows", "keys")
@@ -90,11 +90,13 @@ class AttentionCase:
 
 
 def shipped(long: bool = False) -> list[AttentionCase]:
-    """Every width, dtype and configuration that a target's autotuner would try; or a few, first choices only."""
+    """Every configuration that a target's autotuner would try, of kernels, dtypes and widths that cover all pairs and
+    hold the defaults; or a few, first choices only."""
     if not long:
         return [_cases(*kernel, target)[0] for kernel in DEFAULT for target in TARGETS]
-    every = product(FORWARD + BACKWARD, DTYPES, WIDTHS, TARGETS)
-    return [case for one in every for case in _cases(*one)]
+    chosen = covering(FORWARD + BACKWARD, DTYPES, WIDTHS, TARGETS)
+    chosen += [one for kernel in DEFAULT for target in TARGETS if (one := (*kernel, target)) not in chosen]
+    return [case for one in chosen for case in _cases(*one)]
 
 
 @cache

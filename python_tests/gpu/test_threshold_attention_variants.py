@@ -6,9 +6,10 @@ pytest.importorskip("triton")
 
 from compsparse_kernels.ops.threshold_attention import triton as kernels
 from python_tests.gpu import ledger
-from python_tests.gpu.aot import compile_launch
+from python_tests.gpu.aot import TARGETS, compile_launch
 from python_tests.gpu.attention_cases import BACKWARD, FORWARD, WIDTHS, AttentionCase, launch_of
-from python_tests.gpu.cases import shared_memory_of
+from python_tests.gpu.cases import DTYPES, shared_memory_of
+from python_tests.gpu.covering import covering
 from python_tests.gpu.static.analyse import analyse
 from python_tests.gpu.static.gates import violations
 
@@ -45,10 +46,7 @@ def test_nothing_spills(kernel, dtype, width, options, target):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "fp32"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "width", "dtype", "target"), covering(OPTIONS, WIDTHS, DTYPES, TARGETS))
 @pytest.mark.parametrize("kernel", FORWARD + BACKWARD)
 def test_nothing_spills_anywhere(kernel, options, width, dtype, target):
     check(kernel, dtype, width, options, target)
