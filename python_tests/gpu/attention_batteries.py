@@ -39,7 +39,7 @@ class Replay:
     def __post_init__(self):
         self._check(self._record)
 
-    def run(self, program: Program | None = None, limit: int | None = None) -> None:
+    def run(self, program: Program, limit: int) -> None:
         """Raises PTXFault or AssertionError unless ``program``, in place of the kernel's, computes the reference."""
         self._check(lambda launch: self._repeat(launch, program, limit))
 
@@ -64,7 +64,7 @@ class Replay:
             execute(compiled_for(launch, kernels, self.target), WRITTEN[name])
         self.left[name] = [launch.arguments[one].clone() for one in WRITTEN[name]]
 
-    def _repeat(self, launch: Launch, program: Program | None, limit: int | None) -> None:
+    def _repeat(self, launch: Launch, program: Program, limit: int) -> None:
         name = launch.kernel.fn.__name__
         if name == self.kernel:
             counts = execute(self.code.serving(launch), WRITTEN[name], program=program, limit=limit)
