@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import torch
 import triton
 
 from compsparse_kernels.ops.threshold_attention import triton as kernels
+from compsparse_kernels.ops.threshold_attention.triton import KEYS
 from compsparse_kernels.ops.triton_launch import MOST_REGISTERS, Launch
 from python_tests.attention import op_arguments
 from python_tests.gpu.aot import TARGETS, Compiled, compile_launch, float32_precision
 from python_tests.gpu.cases import DTYPES, shared_memory_of
+from python_tests.gpu.covering import covering
+from python_tests.gpu.static.analyse import TILE_BYTES
 
 TOKENS, HEADS, KV_HEADS = 1024, 4, 2
 FORWARD, BACKWARD = ("screen", "decide", "attend"), ("rows", "keys")
@@ -63,23 +65,34 @@ class AttentionCase:
 
     @property
     def async_copies(self) -> bool:
-        """Operands of exact float32 products pass through registers anyhow; rows whose length is no multiple of 16
-        bytes can't be copied so; tf32 operands of the product with V lie across the summed dimension, which wgmma and
-        tcgen05 don't take. For sm_100 the compiler reads the queries again in each step of the screen and of decide."""
+        """Not of exact float32 products, whose operands pass through registers anyhow; of rows whose length is no
+        multiple of 16, which the compiler can't align; of tiles of less than 16 bytes a lane; and of tf32 operands of
+        the product with V, which lie across the summed dimension, as wgmma and tcgen05 don't take them."""
         turned = self.kernel == "attend" and self.dtype == "tf32" and self.target in ("sm_90", "sm_100")
-        reread = self.kernel in ("screen", "decide") and self.target == "sm_100"
-        aligned = self.width * DTYPES[self.dtype].itemsize % 16 == 0
-        return self.tensor_cores and aligned and not turned and not reread
+        copied = KEYS * self.width * DTYPES[self.dtype].itemsize >= TILE_BYTES * 32 * self.num_warps
+        return self.tensor_cores and self.width % 16 == 0 and copied and not turned
+
+    @property
+    def tile_loads(self) -> int:
+        """For sm_100 the compiler reads the queries again in each step of the screen and of decide."""
+        if self.target != "sm_100" or self.kernel not in ("screen", "decide"):
+            return 0
+        queries = self.launch().arguments["BLOCK_M"] * self.width * DTYPES[self.dtype].itemsize
+        return queries // (TILE_BYTES * 32 * self.num_warps)
 
     @property
     def index_loads(self) -> int:
-        """A mask for each row that a thread has where it stores the support."""
-        return 20 if self.kernel == "attend" else 4
+        """The number of a tile, and the norms of 8 keys that a thread has, two at a time. For attend instead of these
+        whether a value is not finite, and a mask for each row that a warp has where it stores the support."""
+        if self.kernel == "attend":
+            return 2 + self.launch().arguments["BLOCK_M"] // self.num_warps
+        return 5
 
     @property
     def spilled_scalars(self) -> int:
-        """On gfx942 what the loops don't need (strides, bounds) is parked in lanes of a vector register."""
-        return 64 if self.target == "gfx942" else 0
+        """On gfx942 what the loops don't need (strides, bounds) is parked in lanes of a vector register; the backward
+        fits."""
+        return 48 if self.target == "gfx942" and self.kernel in FORWARD else 0
 
     def launch(self) -> Launch:
         """The numbers in its tensors are whatever lies in memory: it is to be compiled only."""
@@ -90,11 +103,13 @@ class AttentionCase:
 
 
 def shipped(long: bool = False) -> list[AttentionCase]:
-    """Every width, dtype and configuration that a target's autotuner would try; or a few, first choices only."""
+    """Every configuration that a target's autotuner would try, of kernels, dtypes and widths that cover all pairs and
+    hold the defaults; or a few, first choices only."""
     if not long:
         return [_cases(*kernel, target)[0] for kernel in DEFAULT for target in TARGETS]
-    every = product(FORWARD + BACKWARD, DTYPES, WIDTHS, TARGETS)
-    return [case for one in every for case in _cases(*one)]
+    chosen = covering(FORWARD + BACKWARD, DTYPES, WIDTHS, TARGETS)
+    chosen += [one for kernel in DEFAULT for target in TARGETS if (one := (*kernel, target)) not in chosen]
+    return [case for one in chosen for case in _cases(*one)]
 
 
 @cache

@@ -16,7 +16,15 @@ from python_tests.attention import backward_arguments, op_arguments
 from python_tests.gpu.interpreter.cases import PRECISIONS
 from python_tests.gpu.interpreter.rounding import to_tf32
 
+HIDDEN = 3  # queries that see nothing
 RESULTS = ("out", "row_ptr", "col_idx", "weights", "log_sum", "slope")
+WRITTEN = {
+    "screen_kernel": ("tiles", "tile_count", "top_column", "top"),
+    "decide_kernel": ("kept_tiles", "kept_count", "masks", "total", "log_sum", "slope_out", "degree"),
+    "attend_kernel": ("out", "col_idx", "weights"),
+    "rows_kernel": ("weight_grad", "score_grad", "cut_grad", "query_grad"),
+    "keys_kernel": ("key_grad", "value_grad"),
+}
 GRADIENTS = ("query_grad", "key_grad", "value_grad", "score_grad", "cut_grad")
 
 
@@ -45,12 +53,22 @@ class Case:
     query_offset: int = 0
     dropout_p: float = 0.0
     integers: bool = False
+    few_scores: bool = False  # so that many are equal; with larger values, so that sums are rounded
+    spoiled: bool = False  # a query and some values are not finite
+    hidden: bool = False  # a key that no query sees, and queries that see no key, are NaN; causal
     transposed: bool = False  # inputs as a projection leaves them: [batch, tokens, heads, width] in memory
     seed: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
+
+    @property
+    def of_equals(self) -> bool:
+        """Only a row's equal largest scores survive, and all is exact but the last rounding."""
+        halves = self.dtype in (torch.float16, torch.bfloat16) and self.dropout_p == 0 and not self.per_query
+        rule = (self.rule, self.weighting, self.threshold) == ("relative", "softmax", 1.0)
+        return self.integers and self.bias is None and not self.alibi and halves and rule
 
     @property
     def dropout_seed(self) -> int:
@@ -66,13 +84,13 @@ class Case:
             "rule": self.rule,
             "weighting": self.weighting,
             "attn_bias": draw.bias(),
-            "key_padding_mask": torch.rand(self.batch, self.keys, generator=generator) < 0.3 if self.padding else None,
+            "key_padding_mask": draw.padding() if self.padding or self.hidden else None,
             "alibi_slopes": torch.rand(self.heads, generator=generator) if self.alibi else None,
             "thresholds": draw.thresholds() if self.per_query else None,
-            "is_causal": self.is_causal,
+            "is_causal": self.is_causal or self.hidden,
             "window_left": self.window[0],
             "window_right": self.window[1],
-            "query_offset": self.query_offset,
+            "query_offset": -HIDDEN if self.hidden else self.query_offset,
             "scale": 0.5 if self.integers else self.width**-0.5,
             "dropout_p": self.dropout_p,
             "seed": self.dropout_seed,
@@ -83,7 +101,11 @@ class Case:
 
     def grad(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(self.batch, self.heads, self.queries, self.value_width, generator=generator).to(self.dtype)
+        drawn = torch.randn(self.batch, self.heads, self.queries, self.value_width, generator=generator)
+        drawn = (drawn * 60).round() if self.integers else drawn
+        if self.hidden:
+            drawn[:, :, :HIDDEN] = torch.nan
+        return drawn.to(self.dtype)
 
     @contextmanager
     def settings(self):
@@ -107,12 +129,27 @@ class _Draw:
             (case.batch, case.kv_heads, case.keys, case.width),
             (case.batch, case.kv_heads, case.keys, case.value_width),
         )
-        return [self._tensor(*shape) for shape in shapes]
+        query, key, value = (self._tensor(*shape) for shape in shapes)
+        if case.few_scores:
+            query, key = query.clamp(-1, 1), key.clamp(-1, 1)
+            key[..., 6:] = 0
+            value = torch.randint(-255, 256, value.shape, generator=self.generator).to(case.dtype)
+        if case.spoiled:
+            query[0, -1, 1, 0] = value[-1, 0, -1, 1] = torch.nan
+            value[0, :, 1::3, 2] = torch.inf
+        if case.hidden:
+            query[:, :, :HIDDEN] = key[:, :, 0] = value[:, :, 0] = torch.nan
+        return [query, key, value]
 
     def _tensor(self, *shape: int) -> torch.Tensor:
         drawn = torch.randn(shape, generator=self.generator) * 1.5
         drawn = (drawn.round() if self.case.integers else drawn).to(self.case.dtype)
         return drawn.transpose(1, 2).contiguous().transpose(1, 2) if self.case.transposed else drawn
+
+    def padding(self) -> torch.Tensor:
+        mask = torch.rand(self.case.batch, self.case.keys, generator=self.generator) < 0.3
+        mask[:, 0] |= self.case.hidden
+        return mask
 
     def bias(self) -> torch.Tensor | None:
         case = self.case
@@ -155,10 +192,13 @@ def check(
     dense, sizes = _on_support(exact, narrow)
     if case.precision == "tf32":
         dense["out"] = _times_values(case, dense, narrow[2])
+    if case.spoiled:
+        for results, given in ((exact, wide), (dense, narrow)):
+            results["out"] = _of_kept_values(case, results, given[2])
     _compare(case, ours, dense, exact, RESULTS[:1] + RESULTS[3:], _magnitudes(case, wide, exact, sizes))
     if backward:
         grad = case.grad()
-        tensors = grad, *arguments[:3]
+        tensors = tuple(one.nan_to_num() if case.hidden else one for one in (grad, *arguments[:3]))  # it has no weight
         given = backward_arguments(grad, arguments, [ours[name] for name in RESULTS[1:]])
         with case.settings():
             gradients = dict(zip(GRADIENTS, run("threshold_attention_backward", given), strict=True))
@@ -166,8 +206,37 @@ def check(
         for name, like in zip(GRADIENTS, arguments[:3], strict=False):
             assert gradients[name].dtype == like.dtype and gradients[name].shape == like.shape
         _compare(case, gradients, found, true, GRADIENTS, _gradient_magnitudes(tensors, arguments, exact, case))
+        exact |= true
         ours |= gradients
+    if case.of_equals:
+        _assert_rounded_once(case, ours, exact, arguments[2])
     return ours
+
+
+def _assert_rounded_once(case, ours, exact, value):
+    """Weights of equal scores are rounded to the dtype of V; sums of integers are exact, and then rounded once. So are
+    gradients of rows that keep a power of two of keys, whose weights are exact, and of keys that only these keep."""
+    rounded = exact | {"weights": exact["weights"].to(case.dtype).double()}
+    right = {"out": _of_kept_values(case, rounded, value.double())}
+    skipped = {"out": torch.zeros(case.batch, case.heads, case.queries, dtype=torch.bool)}
+    if "query_grad" in ours:
+        right = exact | right
+        skipped |= _kept_inexactly(case, exact)
+    for name, some in skipped.items():
+        parts = (one[name][~some].to(case.dtype).nan_to_num() for one in (ours, right))
+        assert torch.equal(*parts), f"{name} of {case}: not rounded once"
+
+
+def _kept_inexactly(case, exact):
+    """Rows with weights that are no powers of two, and keys that these keep."""
+    rows, degree = _entry_rows(exact), exact["row_ptr"].diff()
+    inexact = (degree & (degree - 1)) != 0
+    heads = rows // case.queries
+    owners = heads // case.heads, heads % case.heads // (case.heads // case.kv_heads), exact["col_idx"].long()
+    by_key = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.bool)
+    by_key[tuple(owner[inexact[rows]] for owner in owners)] = True
+    by_row = inexact.view(case.batch, case.heads, case.queries)
+    return {"query_grad": by_row, "key_grad": by_key, "value_grad": by_key}
 
 
 def _gradients(tensors, arguments, support, change):
@@ -194,7 +263,7 @@ def _compare(case, ours, dense, exact, names, magnitudes):
 
 def _on_support(exact, arguments):
     """The reference on the support that float64 has, and the size of the largest score kept of each row."""
-    entries = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
+    entries = _entry_rows(exact)
     sizes = torch.zeros(len(exact["row_ptr"]) - 1, dtype=torch.float64)
 
     def kept(scores, *_):
@@ -212,7 +281,7 @@ def _on_support(exact, arguments):
 def _times_values(case, dense, value):
     """What a second product in tf32 gives: its first operand are the weights, rounded as well."""
     weights = dense["weights"]
-    rows = torch.arange(len(dense["row_ptr"]) - 1).repeat_interleave(dense["row_ptr"].diff())
+    rows = _entry_rows(dense)
     columns = dense["col_idx"].long()
     if case.dropout_p:
         weights = weights * kept_by_dropout(rows, columns, case.dropout_p, case.dropout_seed) / (1 - case.dropout_p)
@@ -221,13 +290,22 @@ def _times_values(case, dense, value):
     return shares.view(shape) @ value.repeat_interleave(case.heads // case.kv_heads, 1)
 
 
+def _of_kept_values(case, results, value):
+    """Rows of V count for those alone who keep them: 0 times infinity would be NaN for the others."""
+    rows = _entry_rows(results)
+    heads = value.repeat_interleave(case.heads // case.kv_heads, 1).flatten(0, 1)
+    terms = results["weights"][:, None] * heads[rows // case.queries, results["col_idx"].long()]
+    sums = terms.new_zeros(len(results["row_ptr"]) - 1, case.value_width).index_add(0, rows, terms)
+    return sums.view(results["out"].shape).to(value.dtype)
+
+
 def _magnitudes(case, wide, exact, sizes):
     """Sums of the sizes of what is added up. With scores as large as ``sizes`` a height u is a difference of at most
 
     u (1 + 2 size)    (u + 2 r U) (1 + 2 size)    u + 4 size    for softmax, shrink, rectified (names of reference.py).
     """
     given = dict(zip(signature(reference.threshold_attention_support).parameters, wide, strict=True))
-    rows = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
+    rows = _entry_rows(exact)
     weights, slope = exact["weights"], exact["slope"].flatten()
     if case.weighting == "rectified":
         heights = weights + 4 * (slope * sizes)[rows]
@@ -235,7 +313,7 @@ def _magnitudes(case, wide, exact, sizes):
         heights = (weights + 2 * slope[rows]) * (1 + 2 * sizes[rows])
     total = torch.zeros_like(slope).index_add(0, rows, heights)
     return {
-        "out": reference.threshold_attention(*(given | {"value": given["value"].abs()}).values()),
+        "out": reference.threshold_attention(*(given | {"value": given["value"].abs().nan_to_num(posinf=0)}).values()),
         "weights": heights + weights * total[rows],
         "slope": (slope * (total + 1 + 2 * sizes)).view(exact["slope"].shape),
     }
@@ -246,7 +324,7 @@ def _gradient_magnitudes(tensors, arguments, exact, case):
     grad, query, key, value = (_wide(tensor).abs() for tensor in tensors)
     key, value = (tensor.repeat_interleave(case.heads // case.kv_heads, 1) for tensor in (key, value))
     given = dict(zip(signature(reference.threshold_attention_support).parameters, arguments, strict=True))
-    rows = torch.arange(len(exact["row_ptr"]) - 1).repeat_interleave(exact["row_ptr"].diff())
+    rows = _entry_rows(exact)
     kept = rows, exact["col_idx"].long()
     shape = (*query.shape[:3], key.shape[2])
 
@@ -272,6 +350,12 @@ def _gradient_magnitudes(tensors, arguments, exact, case):
         "score_grad": of_score,
         "cut_grad": (slope * row_sum(of_weight)).view(shape[:3]),
     }
+
+
+def _entry_rows(results):
+    """The row of each entry of the support."""
+    row_ptr = results["row_ptr"]
+    return torch.arange(len(row_ptr) - 1).repeat_interleave(row_ptr.diff())
 
 
 def _same(given):

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from compsparse_kernels.ops.triton_launch import Launch
-from python_tests.gpu.aot import compile_launch
+from python_tests.gpu.aot import Compiled, compile_launch
 from python_tests.gpu.problems import SHARED_MEMORY
 from python_tests.gpu.ptx.torch_launch import run_compiled
 
@@ -20,16 +20,28 @@ def emulated(kernels: ModuleType, written: dict[str, tuple[str, ...]], target: s
     """
 
     def run(launch: Launch) -> None:
-        config = kernels.suitable(launch.kernel.configs, launch.arguments, SHARED_MEMORY)[0]
-        compiled = compile_launch(launch, config, target)
-        results = [launch.arguments[name] for name in written[launch.kernel.fn.__name__]]
-        inputs = [
-            position
-            for position, value in enumerate(compiled.arguments)
-            if isinstance(value, torch.Tensor) and not any(value is one for one in results)
-        ]
         order = range(launch.programs)
-        run_compiled(compiled, readonly=inputs, order=order[::-1] if backwards else order)
+        compiled = compiled_for(launch, kernels, target)
+        execute(compiled, written[launch.kernel.fn.__name__], order=order[::-1] if backwards else order)
 
     with mock.patch.object(Launch, "__call__", run):
         yield
+
+
+def compiled_for(launch: Launch, kernels: ModuleType, target: str, most_warps: bool = False) -> Compiled:
+    """In the first configuration that suits, or in that with most warps."""
+    suitable = kernels.suitable(launch.kernel.configs, launch.arguments, SHARED_MEMORY)
+    config = max(suitable, key=lambda config: config.num_warps) if most_warps else suitable[0]
+    return compile_launch(launch, config, target)
+
+
+def execute(compiled: Compiled, written: tuple[str, ...], **options) -> dict[str, int]:
+    """Runs it and returns how often each instruction ran; a store to any parameter but those ``written`` is a fault."""
+    named = dict(zip(compiled.parameters, compiled.arguments, strict=True))
+    results = [named[name] for name in written if name in named]
+    inputs = [
+        position
+        for position, value in enumerate(compiled.arguments)
+        if isinstance(value, torch.Tensor) and not any(value is one for one in results)
+    ]
+    return run_compiled(compiled, readonly=inputs, **options)

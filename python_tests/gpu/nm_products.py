@@ -41,7 +41,7 @@ class Case:
 
     def tensor(self, *shape: int, seed: int) -> torch.Tensor:
         drawn = random_tensor(*shape, seed=self.seed + seed)
-        return (drawn.mul(3).round() if self.integers else drawn).to(self.dtype)
+        return (drawn.mul(20).round() if self.integers else drawn).to(self.dtype)
 
     @contextmanager
     def settings(self, kernels=shipped):

@@ -29,7 +29,15 @@ from python_tests.gpu.static.golden import golden_row, path_of, write
 from python_tests.gpu.static.roofline import DEVICES, Ceiling, Traffic, ceiling, traffic
 
 EMULATED = ("sm_80", "sm_90")
-GATES = ("tensor_cores", "async_copies", "index_loads", "least_occupancy", "inner_loop", "spilled_scalars")
+GATES = (
+    "tensor_cores",
+    "async_copies",
+    "index_loads",
+    "tile_loads",
+    "least_occupancy",
+    "inner_loop",
+    "spilled_scalars",
+)
 AnyCase = Case | DagCase | NMCase | ProximalCase | AttentionCase
 WIDTH = 190
 

@@ -1,7 +1,5 @@
 """Level L3b: damages the compiled kernels in one place each and counts how many of them the checks of L3 catch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -12,31 +10,17 @@ pytest.importorskip("triton")
 from compsparse_kernels.ops.dag_network import triton as dag_kernels
 from python_tests.gpu import dag_problems, ledger
 from python_tests.gpu.aot import compile_launch
+from python_tests.gpu.attention_batteries import attention_battery
+from python_tests.gpu.attention_problems import WRITTEN as ATTENTION_KERNELS
+from python_tests.gpu.battery import Battery
 from python_tests.gpu.dag_problems import Spec
+from python_tests.gpu.nm_batteries import KERNELS as NM_KERNELS
+from python_tests.gpu.nm_batteries import nm_battery
 from python_tests.gpu.problems import LINEAR, SAMPLED, SHARED_MEMORY, Check, problem
-from python_tests.gpu.ptx import Program
-from python_tests.gpu.ptx.mutate import mutants, reason_caught, score
+from python_tests.gpu.ptx.mutate import score
 
 LEAST_SCORE = 0.8
-INSTRUCTIONS = 200_000  # of one block; a damaged loop that never ends is caught here
 BLOCK = (32, 32)
-
-
-@dataclass(frozen=True)
-class Battery:
-    """A compiled kernel, and problems that it serves: each check runs one, with a program in place of the kernel's, and
-    reaches boundaries that the others miss."""
-
-    name: str
-    ptx: str
-    checks: list[Callable[..., None]]
-
-    def reason(self, ptx: str) -> str | None:
-        """Why the battery rejects this code, or None."""
-        program = Program(ptx)
-        runs = (partial(check, program=program, limit=INSTRUCTIONS) for check in self.checks)
-        reasons = map(reason_caught, runs)
-        return next((reason for reason in reasons if reason), None)
 
 
 def battery(direction, target: str, features: tuple[int, int], dtype=torch.float16) -> Battery:
@@ -97,7 +81,7 @@ DAG_BATTERIES = {
     ),
 }
 SHORT = ("forward, copied", "forward, by element", "backward, copied", "backward, by element", "weight")
-LONG = ("backward, to sources", "weight in parts")
+NM_SHORT = ("product at once", "product by slot", "transposed by slot", "sampled, ragged")
 
 
 def dag_battery(name: str, target: str) -> Battery:
@@ -111,9 +95,14 @@ def dag_battery(name: str, target: str) -> Battery:
     return Battery(f"dag_network {name} {target}", compiled.kernel.asm["ptx"], checks)
 
 
+def some(names, short: tuple[str, ...]) -> list:
+    """All of them, those that are not in ``short`` behind the marker ``long``."""
+    return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 def check_score(battery: Battery, per_kind: int) -> None:
     assert battery.reason(battery.ptx) is None
-    result = score(mutants(battery.ptx, seed=0, per_kind=per_kind), battery.reason)
+    result = score(battery.mutants(per_kind), battery.reason)
     ledger.mutants(battery.name, result.caught.total(), result.total.total())
     survivors = "\n".join(map(str, result.survivors))
     assert result.total.total() >= 20 and result.ratio >= LEAST_SCORE, f"{result.ratio:.0%} caught, not:\n{survivors}"
@@ -128,7 +117,24 @@ def test_damaged_code_is_caught(direction, features, target, per_kind):
 
 
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.parametrize("name", some(DAG_BATTERIES, SHORT))
 @pytest.mark.parametrize("per_kind", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_damaged_code_of_dag_network_is_caught(name, target, per_kind):
     check_score(dag_battery(name, target), per_kind)
+
+
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", some(NM_KERNELS, NM_SHORT))
+@pytest.mark.parametrize("per_kind", [2, pytest.param(40, marks=pytest.mark.long)])
+def test_damaged_code_of_nm_products_is_caught(name, target, per_kind):
+    check_score(nm_battery(name, target), per_kind)
+
+
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kernel", "per_kind"),
+    [("attend_kernel", 2), *(pytest.param(kernel, 4, marks=pytest.mark.long) for kernel in ATTENTION_KERNELS)],
+)
+def test_damaged_code_of_attention_is_caught(kernel, per_kind, target):
+    """Fewer damaged versions than of the others: their problems take longer."""
+    check_score(attention_battery(kernel, target), per_kind)

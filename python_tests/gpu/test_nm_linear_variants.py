@@ -7,14 +7,16 @@ pytest.importorskip("triton")
 
 from compsparse_kernels.ops.masked_linear import triton as kernels
 from python_tests.gpu import ledger
-from python_tests.gpu.aot import compile_launch
-from python_tests.gpu.cases import shared_memory_of
+from python_tests.gpu.aot import TARGETS, compile_launch
+from python_tests.gpu.cases import DTYPES, shared_memory_of
+from python_tests.gpu.covering import covering
 from python_tests.gpu.nm_cases import OPS, launch_of, layout_of
 from python_tests.gpu.static.analyse import analyse
 from python_tests.gpu.static.gates import violations
 
 LARGE, DECODING = 16383, 3  # rows of a batch; the last tile is ragged
 EVEN, RAGGED = (512, 512), (500, 518)
+PATTERNS = ((2, 4), (4, 8), (1, 16), (3, 17), (8, 32), (5, 256))
 
 
 def check(kernel, pattern, features, batch, dtype, target, most: int | None = None) -> None:
@@ -44,11 +46,10 @@ def test_nothing_spills(kernel, pattern, features, batch, dtype, target):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "fp32"])
-@pytest.mark.parametrize("batch", [LARGE, DECODING])
-@pytest.mark.parametrize("features", [EVEN, RAGGED])
-@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 16), (3, 17), (8, 32), (5, 256)])
+@pytest.mark.parametrize(
+    ("pattern", "features", "batch", "dtype", "target"),
+    covering(PATTERNS, [EVEN, RAGGED], [LARGE, DECODING], DTYPES, TARGETS),
+)
 @pytest.mark.parametrize("kernel", OPS)
 def test_nothing_spills_anywhere(kernel, pattern, features, batch, dtype, target):
     check(kernel, pattern, features, batch, dtype, target)

@@ -112,6 +112,12 @@ def test_score_names_the_survivors():
     assert caught.total() + len(result.survivors) == len(damaged)
 
 
+def test_immune_instructions_are_not_damaged():
+    every = mutants(REVERSE, seed=0, per_kind=100)
+    spared = mutants(REVERSE, seed=0, per_kind=100, immune=("cvt.rn.f16.f32",))
+    assert spared == [mutant for mutant in every if "cvt.rn.f16.f32" not in mutant.original] != every
+
+
 def test_score_leaves_out_what_cannot_be_executed():
     def run(text):
         raise UnsupportedPTX("no")

@@ -110,6 +110,14 @@ def test_more_narrow_loads_than_indices():
     assert violations(many, index_loads=5 + present) == []
 
 
+def test_operand_tiles_in_registers():
+    unaligned = analysed(stride=257)
+    loads = unaligned.inner["global load"]
+    found = [sentence for sentence in violations(unaligned, tile_loads=1) if "operand tile" in sentence]
+    assert len(found) == 1 and found[0].startswith("global loads: expected at most 1 operand tile loaded")
+    assert not any("operand tile" in sentence for sentence in violations(unaligned, tile_loads=loads))
+
+
 def test_too_few_warps():
     crowded = replace(analysed(), occupancy=Occupancy(0.0625, "registers", 1))
     assert violations(crowded, least_occupancy=0.125) == [

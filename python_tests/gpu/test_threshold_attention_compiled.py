@@ -10,16 +10,9 @@ pytest.importorskip("triton")
 
 from compsparse_kernels.ops.threshold_attention import triton as kernels
 from python_tests.gpu import ledger
-from python_tests.gpu.attention_problems import Case, check
+from python_tests.gpu.attention_problems import WRITTEN, Case, check
 from python_tests.gpu.emulated import emulated
 
-WRITTEN = {
-    "screen_kernel": ("tiles", "tile_count", "top_column", "top"),
-    "decide_kernel": ("kept_tiles", "kept_count", "masks", "total", "log_sum", "slope_out", "degree"),
-    "attend_kernel": ("out", "col_idx", "weights"),
-    "rows_kernel": ("weight_grad", "score_grad", "cut_grad", "query_grad"),
-    "keys_kernel": ("key_grad", "value_grad"),
-}
 EVEN = Case(16, 64, 16, 16, 1, 1, 1, precision="bfloat16")
 RAGGED = Case(5, 37, 11, 9, 1, 1, 1, precision="float16", rule="absolute", threshold=0.4, weighting="shrink")
 

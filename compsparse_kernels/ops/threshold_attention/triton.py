@@ -194,7 +194,7 @@ def scoring(
         "ALIBI": alibi,
         "RULE": rule,
         "WEIGHTING": weighting,
-        **_tiles(query, value.shape[3]),
+        **_tiles(query, value.shape[3], attn_bias is not None),
     }
 
 
@@ -271,13 +271,14 @@ def _programs(given) -> int:
     return batch * heads * triton.cdiv(queries, given["BLOCK_M"])
 
 
-def _tiles(query, value_width) -> dict[str, object]:
+def _tiles(query, value_width, biased) -> dict[str, object]:
     width, precision = query.shape[3], dot_precision(query.dtype)
     exact = precision == "ieee"
     block_d, block_v = padded(width), padded(value_width)
     aligned = width == block_d and value_width == block_v  # else each number has an address of its own, in registers
     wide = max(block_d, block_v) > (WIDE if aligned else WIDE // 2)
-    most_rows = FEW_ROWS if exact or wide else MOST_ROWS
+    # Each score of a bias has an address of its own.
+    most_rows = FEW_ROWS if exact or wide or biased else MOST_ROWS
     return {
         "WIDTH": width,
         "VALUE_WIDTH": value_width,

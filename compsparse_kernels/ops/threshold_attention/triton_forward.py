@@ -34,19 +34,23 @@ CONFIGS = [
     for stages in (3, 2)
     for warps in (4, 8)
 ]
+AMD_SHARED_MEMORY = 64 * 1024  # bytes; NVIDIA's have more
+AMD_WARPS = 4  # of 64 lanes, which may have 512 registers each; 8 have to make do with 256
 MOST_SUMS = 32  # of the output, or numbers of the queries, that a thread holds
 KEY = ["WIDTH", "VALUE_WIDTH", "BLOCK_M", "BLOCK_N", "BIAS", "RULE", "PRECISION", "queries", "keys"]
 
 
 def suitable(configs: list[triton.Config], arguments: dict, shared_memory: int) -> list[triton.Config]:
     """The configurations to choose from: no thread holds too many sums, and tiles in flight fit in shared memory."""
-    rows, keys = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    rows, keys, lanes = arguments["BLOCK_M"], arguments["BLOCK_N"], 32
+    if shared_memory <= AMD_SHARED_MEMORY:
+        configs, lanes = [one for one in configs if one.num_warps <= AMD_WARPS], 64
     wide = max(arguments["STEP"], arguments["BLOCK_V"])
     in_flight = keys * (arguments["STEP"] + arguments["BLOCK_V"]) * arguments["query"].element_size()
     fitting = [one for one in configs if one.num_stages * in_flight + rows * wide * 4 <= shared_memory]
     most = MOST_SUMS // (2 if arguments["PRECISION"] == "ieee" else 1)  # whose products hold operands in registers
     most = most // 4 if arguments.get("DROPOUT") else most  # four words of Philox for each score
-    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= most * 32 * one.num_warps]
+    few = [one for one in fitting or configs[-1:] if rows * max(keys, wide) <= most * lanes * one.num_warps]
     return few or [max(fitting or configs, key=lambda one: one.num_warps)]
 
 

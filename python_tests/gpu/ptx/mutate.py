@@ -52,14 +52,15 @@ class Score:
         return self.caught.total() / self.total.total() if self.total else 1.0
 
 
-def mutants(ptx: str, seed: int, per_kind: int) -> list[Mutant]:
-    """At most ``per_kind`` mutants of each kind, chosen by ``seed``, in the order of their kinds and lines."""
+def mutants(ptx: str, seed: int, per_kind: int, immune: tuple[str, ...] = ()) -> list[Mutant]:
+    """At most ``per_kind`` mutants of each kind, chosen by ``seed``, in the order of their kinds and lines; none of the
+    instructions ``immune``."""
     lines = ptx.split("\n")
     by_kind: dict[str, list[Mutant]] = {}
     instructions = Program(ptx).instructions
     for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):
         number = instruction.line - 1
-        if lines[number].count(";") != 1:
+        if instruction.name in immune or lines[number].count(";") != 1:
             continue  # one of several statements of a line, or part of one that spans lines
         if _is_wait(instruction) and following is not None and _same(instruction, following):
             continue  # of equal waits in a row the last is damaged, and the others go with it
@@ -163,10 +164,11 @@ def _compare(instruction, line):
 
 
 def _shuffle(instruction, line):
+    """Half the offset: lanes meet twice. An offset of one more would reach the same lanes, with the later ones."""
     if instruction.opcode[0] == "shfl" and instruction.operands[2].isdigit():
         offset = int(instruction.operands[2])
         parts = line.split(",")
-        parts[2] = f" {offset + 1 if offset != 1 else 2}"
+        parts[2] = f" {offset // 2 or 2}"
         yield "shuffle offset", ",".join(parts)
 
 
