@@ -2,10 +2,12 @@
 //
 // backward_rows, for a query i:  dP_ij = dO_i . v_j,  dS_ij from dP_ij (ops/threshold_attention/reference.py),
 //                                dQ_i = scale sum_j dS_ij k_j
-// backward_keys, for a key j:    dK_j = scale sum_i dS_ij q_i,  dV_j = sum_i P_ij dO_i,  over the queries of all its
-// heads Rows have one owner, and so have keys: the owner of a range of keys walks all rows of the support and takes its
-// part of each. Sums run in the order of rows, by blocks of a fixed grid, so threads do not change a bit. Scattering
-// over rows was measured to be faster than sorting the support by keys and gathering. Where most of a block is kept,
+// backward_keys, for a key j:    dK_j = scale sum_i dS_ij q_i,  dV_j = sum_i P_ij dO_i,
+//                                over the queries of all heads that read it
+//
+// Rows have one owner, and so have keys: the owner of a range of keys walks all rows of the support and takes its part
+// of each. Sums run in the order of rows, by blocks of a fixed grid, so threads do not change a bit. Scattering over
+// rows was measured to be faster than sorting the support by keys and gathering. Where most of a block is kept,
 // products of all its places by tiles are faster; what is not kept counts 0 times a number, so all must be finite.
 #pragma once
 

@@ -2,15 +2,14 @@
 //
 // forward, a block of queries against all keys that any of them sees, in one of four ways:
 //   indexed  8-bit products tell which keys are candidates, and their scores alone are computed (indexed.h)
-//   sparse   score tiles [M queries, R vectors of keys] stay in registers over the width, as in a matrix product, and
-//   go
-//            to a strip of scores that fits in cache; a scan of the strip keeps the candidates
+//   sparse   score tiles [M queries, R vectors of keys] stay in registers over the width, as in a matrix product,
+//            and go to a strip of scores that fits in cache; a scan of the strip keeps the candidates
 //   dense    scores of all keys are kept, and values are summed by tiles: where most keys survive
 //   direct   dot products with the keys as they lie: for queries too few to repack keys
 // then
 //   refine   the few candidates within the screen's rounding bound of the row's threshold (or of its maximum) are
-//   decided
-//            by scores computed in double; all others are certain already (refine.h; rules.h for top-k, top-p, entmax)
+//            decided by scores computed in double; all others are certain already (refine.h; rules.h for top-k,
+//            top-p, entmax)
 //   attend   weights over the survivors (weigh.h), and a sum over their rows of V
 //
 // A screened score is added up in an order that does not depend on the key, so equal keys have equal scores; the way is
