@@ -8,20 +8,7 @@
 
 #include "types.h"
 
-#if __has_include(<unistd.h>)
-#include <unistd.h>
-#endif
-
 namespace compsparse {
-
-// Bytes of a core's second-level cache; 0 where the system does not tell.
-inline int64_t second_level_cache() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  return std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 0);
-#else
-  return 0;
-#endif
-}
 
 // Runs body(part) for part = 0 .. parts, one part a thread.
 template <class Body>

@@ -105,17 +105,6 @@ void product_by_rows(const Panels<T>& panels, const MaskedProduct<T, Index>& p, 
   });
 }
 
-// Batch rows of a panel of the product: fewer for wide inputs, whose panel would leave no room in the second-level
-// cache.
-template <typename T>
-int64_t product_rows(const MaskedKernels<T>& kernel, int64_t in_features) {
-  static const int64_t cache = second_level_cache();
-  const int64_t least = 64 / int64_t(sizeof(Sum<T>));  // a line of the cache for each feature
-  int64_t rows = kernel.product_rows;
-  while (rows > least && cache > 0 && 2 * rows * in_features * int64_t(sizeof(Sum<T>)) > cache) rows /= 2;
-  return rows;
-}
-
 // Threads are worth starting earlier for a single batch row: its inputs are gathered one by one, 3 to 5 a nanosecond,
 // where a panel multiplies 25.
 constexpr int64_t kGathered = 4;
@@ -201,8 +190,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& values, const std::optional<
           .in_features = x.size(1),
           .out_features = out_features,
       };
-      const int64_t rows = product_rows(kernel, p.in_features);
-      run_product<T>({kernel, rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
+      run_product<T>({kernel, kernel.product_rows, static_cast<const T*>(input.data_ptr()), p.batch, p.in_features}, p);
     });
   };
   for_dtype(x.scalar_type(), run);
