@@ -91,7 +91,7 @@ def encode(x: torch.Tensor, scale: torch.Tensor | None = None) -> Codes:
 
 
 def query_step(query: torch.Tensor, isa: str | None) -> torch.Tensor:
-    """As ``query_step`` of code_tiles.h: on AVX2, products of four codes are added up in 16 bits."""
+    """As ``query_step`` of codes_avx2.h: on AVX2, products of four codes are added up in 16 bits."""
     if isa != "avx2":
         return query.abs().amax(-1) / LARGEST_CODE
     eights = F.pad(query.abs(), (0, -query.shape[-1] % 8)).unflatten(-1, (-1, 2, 2, 2))
@@ -119,7 +119,7 @@ def screen(query: torch.Tensor, key: torch.Tensor, scale: float, cut: float, isa
     sampled = _sampled_keys(key.shape[-2])
     reached = certain[..., sampled].amax(-1, keepdim=True)
     found = scores[..., sampled] >= reached + cut - error[..., sampled]
-    # What an earlier strip leaves is held against the bound of the whole row at last.
+    # What an earlier panel leaves is held against the bound of the whole row at last.
     reached = reached.maximum(certain.amax(-1, keepdim=True))
     return Screened(scores >= reached + cut - error, found.double().mean(-1))
 

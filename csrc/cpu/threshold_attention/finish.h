@@ -12,9 +12,10 @@ template <typename T>
 Range start_rows(const Attention<T>& a, int64_t b, int64_t h, Range queries, QueryState<T>* rows,
                  const AttentionScratch<T>& scratch) {
   Range keys = {a.size.keys, 0};
+  const double window = window_of(a, a.threshold);
   for (int64_t i = queries.begin; i < queries.end; ++i) {
     const int64_t r = i - queries.begin;
-    rows[r] = start_query(a, b, h, i, scratch.queries + r * a.size.width);
+    rows[r] = start_query(a, window, b, h, i, scratch.queries + r * a.size.width);
     const Sight& sight = rows[r].sight;
     if (sight.first >= sight.end) continue;
     keys.begin = min64(keys.begin, sight.first);

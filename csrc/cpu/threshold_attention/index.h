@@ -58,6 +58,14 @@ float largest_size(const float* x, int64_t width) {
 // Small integers as bytes.
 template <int L>
 COMPSPARSE_INLINE Vec<int8_t, L> to_bytes(Vec<float, L> x) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x));
+    Vec<int8_t, 16> some;
+    __builtin_memcpy(&some, &bytes, 16);
+    return some;
+  }
+#endif
 #if defined(__AVX2__)
   if constexpr (L == 8) {
     const __m256i words = _mm256_cvtps_epi32((__m256)x);
@@ -153,6 +161,7 @@ struct CodedQuery {
   float factor;        // of a product of codes, beside the key's scale
   int32_t correction;  // what the 128 added to the key's codes adds to a product
   float per_size, per_error, constant;
+  double norm;  // of the query, rounded up
 
   // No less than that of any key within the bounds, as computed in float.
   double error(const CodeBounds& keys) const {
@@ -168,7 +177,10 @@ CodedQuery encode_query(const float* query, int64_t width, float step, double sc
                         const CodeBounds& largest, int8_t* codes) {
   const int64_t padded = padded_width(width);
   CodeBounds bounds = encode<L>(query, width, step, [&](int64_t d, Vec<int8_t, L> some) {
-    store_partial<int8_t, L>(codes + d, some, padded - d);
+    if (d + L <= padded)
+      store<int8_t, L>(codes + d, some);
+    else
+      store_partial<int8_t, L>(codes + d, some, padded - d);
   });
   float factor = float(scale * step);
   const double most = __builtin_fabs(scale) * (bounds.norm + bounds.error) * largest.size;
@@ -180,11 +192,13 @@ CodedQuery encode_query(const float* query, int64_t width, float step, double sc
   int32_t sum = 0, squares = 0;
   for (int64_t d = 0; d < padded; ++d) sum += codes[d], squares += codes[d] * codes[d];
   const double size = __builtin_fabs(scale) * (1 + 0x1p-19), underflow = 0x1p-125 * kUp;
-  return {factor, -128 * sum,
+  return {factor,
+          -128 * sum,
           float_above(size * (bounds.error + 8 * Rounding<float>::unit * (bounds.norm + bounds.error)) +
                       underflow * __builtin_sqrt(double(squares))),
           float_above(size * bounds.norm),
-          float_above(underflow * (1 + __builtin_fabs(double(factor))) + 4 * Rounding<float>::unit * alibi)};
+          float_above(underflow * (1 + __builtin_fabs(double(factor))) + 4 * Rounding<float>::unit * alibi),
+          bounds.norm};
 }
 
 }  // namespace

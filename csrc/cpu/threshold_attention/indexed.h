@@ -1,8 +1,9 @@
 // Forward by the index: 8-bit scores of all keys, full precision for those alone that these can't exclude.
 //
-//   screen  products of codes go to a strip of scores, each as the most that the score may be. What a panel's scores
-//           certainly reach goes beside it: the largest of that is a lower bound of the row's maximum. A score that can
-//           but fall short of what the threshold makes of this bound is dropped; the others are candidates.
+//   screen  products of a panel's codes say what its scores may be at most, and what they certainly reach: the largest
+//           of that is a lower bound of the row's maximum, which rises panel by panel. A score that can but fall short
+//           of what the threshold makes of the bound is dropped; the others are candidates, and those of earlier panels
+//           are held against the last bound again.
 //   score   candidates again, in float from the keys themselves, several at once: now these are the screened scores of
 //           kernel.h, with their small error, and all goes on as there with `refine`.
 #pragma once
@@ -13,10 +14,8 @@
 namespace {
 
 constexpr int64_t kIndexVectors = index_panel_keys / kIndexLanes;
-constexpr int64_t kIndexStrip = strip_keys<float>(), kStripPanels = kIndexStrip / index_panel_keys;
 // With more candidates than this share a block of queries is computed faster by tiles of full precision.
 constexpr double kMostCandidates = 0.5;
-constexpr int64_t kSampledPanels = 4;
 
 // A key whose score can't be more than less than this certainly is not in the support. Finite, so that masked keys
 // (-inf) are under it.
@@ -58,107 +57,145 @@ COMPSPARSE_INLINE uint64_t candidates_of_panel(const float* scores, int64_t coun
   return bits;
 }
 
-// Panels of a strip for the queries of a block: bounds of their scores, then bias and masks.
-struct IndexStrip {
+// A block of queries before the panels of an index.
+struct IndexedRows {
+  const Attention<float>& a;
+  const AttentionScratch<float>& scratch;
   const uint8_t* index;
-  int64_t width;
-  const CodedQuery* coded;
-  int64_t num_rows;
-  bool bare;                                   // are scores products of queries and keys alone?
-  float reached[kBlockQueries][kStripPanels];  // by some score of a panel, before bias and masks
+  int64_t number;
+  bool bare;  // are scores products of queries and keys alone?
+  QueryState<float> query[kBlockQueries];
+  CodedQuery coded[kBlockQueries];
+  Reach reach[kBlockQueries];
+  PanelScreen found[kBlockQueries];  // of the panel last screened
+  int64_t samples, sampled[kSampledPanels], counts[kSampledPanels][kBlockQueries];
 
-  const uint8_t* panel(int64_t number) const { return index + number * index_panel_bytes(width); }
-
-  // Panel `number` goes to place `at` of the strip.
-  void screen(const AttentionScratch<float>& scratch, int64_t number, int64_t at) {
-    code_rows<kIndexRows>(scratch.codes, coded, num_rows, padded_width(width), panel(number),
-                          scratch.scores + at * index_panel_keys, reached[0] + at, kStripPanels);
+  const uint8_t* panel(int64_t p) const { return index + p * index_panel_bytes(a.size.width); }
+  float* scores(int64_t row, int64_t place) const {
+    return scratch.scores + row * kPanelStride + place * index_panel_keys;
   }
 
-  // What the scores of panel `number`, finished and `count` of them in sight, certainly reach for a row.
-  double certainly_reached(int64_t row, int64_t number, int64_t at, bool whole, const float* scores,
-                           int64_t count) const {
+  // Is all that `screen` found of panel p true as it stands?
+  bool is_final(Range seen_by_all, int64_t p) const {
+    return bare && seen_by_all.begin <= p * index_panel_keys && (p + 1) * index_panel_keys <= seen_by_all.end;
+  }
+
+  // The scores of panel p as the row sees them; returns how many there are to look at.
+  int64_t finish(int64_t row, int64_t p, int64_t place) {
+    const QueryState<float>& q = query[row];
+    if (is_final({q.sight.first, q.sight.end}, p)) {
+      if (found[row].raises) raise_by_lanes(row, p);
+      return index_panel_keys;
+    }
+    float* some = scores(row, place);
+    const int64_t count = finish_scores<float, kIndexLanes>(a, q, p * index_panel_keys, index_panel_keys, some);
+    raise(row, p, largest_of_panel(some, count), 2);
+    return count;
+  }
+
+  void raise_by_lanes(int64_t row, int64_t p) {
+    raise(row, p, max_lanes<float, kIndexLanes>(load<float, kIndexLanes>(found[row].reached)), 0);
+  }
+
+  // Some score of panel p is certainly `reached` less so many times its error.
+  void raise(int64_t row, int64_t p, float reached, double errors) {
+    if (!(double(reached) > reach[row].score)) return;
     constexpr double slack = 8 * Rounding<float>::unit;
-    const double error = coded[row].error(bounds_of(panel(number), width));
-    if (!(error < double(__FLT_MAX__))) return -__builtin_inf();
-    const double least = bare && whole ? double(reached[row][at]) : largest_of_panel(scores, count) - 2 * error;
-    return least - slack * (__builtin_fabs(least) + 2 * error);
+    const double error = coded[row].error(bounds_of(panel(p), a.size.width));
+    if (!(error < double(__FLT_MAX__))) return;
+    const double least = double(reached) - errors * error, score = least - slack * (__builtin_fabs(least) + 2 * error);
+    if (!(score > reach[row].score)) return;
+    reach[row] = {score, float(score), drop_below(query[row], score)};
   }
 };
 
 // Looks at a few panels all over the keys: what they certainly reach is a first bound of each row's maximum, and the
 // share of candidates among them tells whether the index is worth it.
-inline double sampled_share(const Attention<float>& a, const QueryState<float>* rows, IndexStrip& strip, Range panels,
-                            const AttentionScratch<float>& scratch, double* reached) {
+inline double sampled_share(IndexedRows& rows, CodeTiles& tiles, Range panels) {
   const int64_t number = panels.end - panels.begin;
-  const int64_t samples = number < 2 * kSampledPanels ? 1 : kSampledPanels;
-  int64_t found = 0, seen = 0, sampled[kSampledPanels];
-  for (int64_t s = 0; s < samples; ++s) {
-    sampled[s] = panels.begin + (2 * s + 1) * number / (2 * samples);
-    strip.screen(scratch, sampled[s], s);
+  int64_t found = 0, seen = 0;
+  rows.samples = number < 2 * kSampledPanels ? min64(number, 1) : kSampledPanels;
+  for (int64_t s = 0; s < rows.samples; ++s) {
+    const int64_t p = rows.sampled[s] = panels.begin + (2 * s + 1) * number / (2 * rows.samples);
+    tiles.screen(rows.panel(p), rows.reach, rows.scores(0, s), rows.found);
+    for (int64_t r = 0; r < rows.number; ++r) rows.counts[s][r] = rows.finish(r, p, s);
   }
-  for (int64_t r = 0; r < strip.num_rows; ++r) {
-    float* scores = scratch.scores + r * score_stride<float>();
-    int64_t counts[kSampledPanels];
-    for (int64_t s = 0; s < samples; ++s) {
-      float* some = scores + s * index_panel_keys;
-      const Range keys = {sampled[s] * index_panel_keys, (sampled[s] + 1) * index_panel_keys};
-      counts[s] = finish_scores<float, kIndexLanes>(a, rows[r], keys.begin, index_panel_keys, some);
-      const bool whole = sees_all(rows[r], keys);
-      reached[r] = larger_of(reached[r], strip.certainly_reached(r, sampled[s], s, whole, some, counts[s]));
-    }
-    const float least = drop_below(rows[r], reached[r]);
-    for (int64_t s = 0; s < samples; ++s) {
-      found += __builtin_popcountll(candidates_of_panel(scores + s * index_panel_keys, counts[s], least));
-      seen += counts[s];
-    }
-  }
+  for (int64_t s = 0; s < rows.samples; ++s)
+    for (int64_t r = 0; r < rows.number; seen += rows.counts[s][r++])
+      found += __builtin_popcountll(candidates_of_panel(rows.scores(r, s), rows.counts[s][r], rows.reach[r].least));
   return double(found) / double(seen > 0 ? seen : 1);
 }
 
-// Appends first + i for each bit i; a few are written whether they are there or not.
-inline int64_t append_columns(int32_t first, uint64_t bits, int32_t* to) {
+// first + i and scores[i] for each bit i; a few are written whether they are there or not. Returns how many.
+inline int64_t append(uint64_t bits, int64_t first, const float* scores, int32_t* columns, float* most) {
   constexpr int Few = 4;  // no branch on how many there are, which can't be foreseen
   const int64_t number = __builtin_popcountll(bits);
   if (number <= Few) {
-    COMPSPARSE_UNROLL for (int i = 0; i < Few; ++i, bits &= bits - 1) to[i] =
-        first + int32_t(__builtin_ctzll(bits | uint64_t(1) << 63));
+    COMPSPARSE_UNROLL for (int i = 0; i < Few; ++i, bits &= bits - 1) {
+      const int lane = __builtin_ctzll(bits | uint64_t(1) << 63);
+      columns[i] = int32_t(first) + lane;
+      most[i] = scores[lane];
+    }
     return number;
   }
   for (int64_t v = 0, at = 0; v < kIndexVectors; ++v, bits >>= kIndexLanes) {
     const uint32_t some = bits & ((1u << kIndexLanes) - 1);
-    compress_columns<kIndexLanes>(first + int32_t(v * kIndexLanes), some, to + at);
-    at += __builtin_popcount(some);
+    compress_columns<kIndexLanes>(int32_t(first + v * kIndexLanes), some, columns + at);
+    at += compress<float, kIndexLanes>(load<float, kIndexLanes>(scores + v * kIndexLanes), some, most + at);
   }
   return number;
 }
 
-// The keys [first, first + count) of a strip whose scores lie ready -> candidates; returns how many.
-inline int64_t collect_indexed(const QueryState<float>& q, const IndexStrip& strip, int64_t row, int64_t first,
-                               int64_t count, const float* scores, double& reached, int32_t* columns) {
-  const int64_t panels = ceil_div(count, index_panel_keys);
-  if (q.from_top)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t key = first + p * index_panel_keys;
-      const double least =
-          strip.certainly_reached(row, key / index_panel_keys, p, sees_all(q, {key, key + index_panel_keys}),
-                                  scores + p * index_panel_keys, count - p * index_panel_keys);
-      reached = larger_of(reached, least);
-    }
-  const float least = drop_below(q, reached);
-  int64_t found = 0;
-  for (int64_t j = 0; j < count; j += index_panel_keys) {
-    const uint64_t bits = candidates_of_panel(scores + j, count - j, least);
-    found += append_columns(int32_t(first + j), bits, columns + found);
-  }
-  return found;
+// Appends candidates of a row among the keys of panel p, with the most that their scores may be.
+COMPSPARSE_INLINE void append_candidates(const IndexedRows& rows, int64_t r, int64_t p, int64_t place, uint64_t bits) {
+  const AttentionScratch<float>& scratch = rows.scratch;
+  const int64_t at = r * scratch.row_capacity + scratch.counts[r];
+  scratch.counts[r] +=
+      append(bits, p * index_panel_keys, rows.scores(r, place), scratch.columns + at, scratch.weights + at);
 }
 
-// Candidates of several strips with the most that their scores may be: the earlier strips did not know what the later
-// ones reach. Returns how many are left.
-inline int64_t drop_again(const QueryState<float>& q, double reached, int32_t* columns, float* most, int64_t count) {
+inline void collect_sampled(const IndexedRows& rows, int64_t s) {
+  for (int64_t r = 0; r < rows.number; ++r) {
+    const uint64_t bits = candidates_of_panel(rows.scores(r, s), rows.counts[s][r], rows.reach[r].least);
+    append_candidates(rows, r, rows.sampled[s], s, bits);
+  }
+}
+
+inline void collect_panel(IndexedRows& rows, CodeTiles& tiles, Range seen_by_all, int64_t p) {
+  constexpr int64_t place = kSampledPanels;
+  tiles.screen(rows.panel(p), rows.reach, rows.scores(0, place), rows.found);
+  if (rows.is_final(seen_by_all, p)) {
+    for (int64_t r = 0; r < rows.number; ++r) {
+      append_candidates(rows, r, p, place, rows.found[r].candidates);
+      if (rows.found[r].raises) rows.raise_by_lanes(r, p);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows.number; ++r) {
+    const int64_t count = rows.finish(r, p, place);
+    append_candidates(rows, r, p, place, candidates_of_panel(rows.scores(r, place), count, rows.reach[r].least));
+  }
+}
+
+// The candidates of all rows, their columns ascending.
+inline void collect_panels(IndexedRows& rows, CodeTiles& tiles, Range keys, Range panels) {
+  Range seen_by_all = keys;
+  for (int64_t r = 0; r < rows.number; ++r) {
+    const Sight& sight = rows.query[r].sight;
+    seen_by_all = {max64(seen_by_all.begin, sight.first), min64(seen_by_all.end, sight.end)};
+  }
+  int64_t next = 0;  // of the panels that are screened already
+  for (int64_t p = panels.begin; p < panels.end; ++p)
+    if (next < rows.samples && rows.sampled[next] == p)
+      collect_sampled(rows, next++);
+    else
+      collect_panel(rows, tiles, seen_by_all, p);
+}
+
+// Candidates with the most that their scores may be: earlier panels did not know what later ones reach. Returns how
+// many are left.
+inline int64_t drop_again(float least, int32_t* columns, float* most, int64_t count) {
   fill_last_vector<float, kIndexLanes>(most, count);
-  const float least = drop_below(q, reached);
   return filter<float, kIndexLanes>(columns, most, count, [&](Vec<float, kIndexLanes> some, int64_t) {
     return not_below<float, kIndexLanes>(some, least);
   });
@@ -177,59 +214,49 @@ inline void score_candidates(const Attention<float>& a, const QueryState<float>&
       scores[e] -= float(q.alibi) * float(__builtin_llabs(q.sight.place - columns[e]));
 }
 
+// The queries of a block, their codes, and the keys that any of them sees.
+inline Range start_indexed(IndexedRows& rows, int64_t b, int64_t h, Range queries) {
+  const Attention<float>& a = rows.a;
+  const int64_t width = a.size.width;
+  const Range keys = start_rows(a, b, h, queries, rows.query, rows.scratch);
+  CodeBounds all;
+  for (int64_t p = keys.begin / index_panel_keys; p < ceil_div(keys.end, index_panel_keys); ++p)
+    all.include(bounds_of(rows.panel(p), width));
+  for (int64_t r = 0; r < rows.number; ++r) {
+    QueryState<float>& q = rows.query[r];
+    rows.coded[r] = encode_query<kIndexLanes>(q.query, width, query_step(q.query, width), a.scale, most_alibi(q), all,
+                                              rows.scratch.codes + r * padded_width(width));
+    q.error = error_of(a, q, rows.coded[r].norm, all.norm);
+    const double nothing = q.from_top ? -__builtin_inf() : __builtin_inf();  // more than which nothing raises
+    rows.reach[r] = {nothing, float(nothing), drop_below(q, nothing)};
+    rows.scratch.counts[r] = 0;
+  }
+  return keys;
+}
+
 template <class Target>
 bool forward_indexed(const Attention<float>& a, int64_t b, int64_t h, Range queries,
                      const AttentionScratch<float>& scratch) {
   static_assert(Target::Lanes == kIndexLanes);
   if (a.rule == Rule::topk) return false;  // the kth largest score has no bound as good as the largest one
-  const int64_t kv_head = h / (a.size.heads / a.size.kv_heads), head = b * a.size.kv_heads + kv_head;
-  const int64_t num_rows = queries.end - queries.begin, width = a.size.width;
-  QueryState<float> rows[kBlockQueries];
-  const Range keys = start_rows(a, b, h, queries, rows, scratch);
-  const Range panels = {keys.begin / index_panel_keys, ceil_div(keys.end, index_panel_keys)};
-  CodedQuery coded[kBlockQueries];
+  const int64_t head = b * a.size.kv_heads + h / (a.size.heads / a.size.kv_heads);
   const bool bare = !a.bias && !a.mask && !a.padding && !a.alibi_slopes;
-  IndexStrip strip = {a.index + head * a.index_stride, width, coded, num_rows, bare, {}};
-  CodeBounds all;
-  for (int64_t p = panels.begin; p < panels.end; ++p) all.include(bounds_of(strip.panel(p), width));
-  double reached[kBlockQueries];
-  for (int64_t r = 0; r < num_rows; ++r) {
-    rows[r].error = error_of(a, rows[r], all.norm);
-    coded[r] = encode_query<kIndexLanes>(rows[r].query, width, query_step(rows[r].query, width), a.scale,
-                                         most_alibi(rows[r]), all, scratch.codes + r * padded_width(width));
-    reached[r] = -__builtin_inf();
-    scratch.counts[r] = 0;
-  }
-  if (panels.begin < panels.end && sampled_share(a, rows, strip, panels, scratch, reached) > kMostCandidates)
-    return false;
-  const bool several = panels.end - panels.begin > kStripPanels;  // strips
-  int64_t found = 0;
-  for (int64_t first = panels.begin * index_panel_keys, end; first < keys.end; first = end) {
-    end = min64(first + kIndexStrip, keys.end);
-    for (int64_t key = first; key < end; key += index_panel_keys)
-      strip.screen(scratch, key / index_panel_keys, (key - first) / index_panel_keys);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      float* scores = scratch.scores + r * score_stride<float>();
-      const int64_t count = finish_scores<float, kIndexLanes>(a, rows[r], first, end - first, scores);
-      int32_t* columns = scratch.columns + r * scratch.row_capacity + scratch.counts[r];
-      const int64_t more = collect_indexed(rows[r], strip, r, first, count, scores, reached[r], columns);
-      float* most = scratch.weights + r * scratch.row_capacity + scratch.counts[r];
-      if (several)
-        for (int64_t e = 0; e < more; ++e) most[e] = scores[columns[e] - first];
-      scratch.counts[r] += more;
-      found += more;
-    }
-    if (double(found) > 2 * kMostCandidates * double((end - keys.begin) * num_rows)) return false;
-  }
-  for (int64_t r = 0; r < num_rows; ++r) {
+  IndexedRows rows = {a, scratch, a.index + head * a.index_stride, queries.end - queries.begin, bare};
+  const Range keys = start_indexed(rows, b, h, queries);
+  const Range panels = {keys.begin / index_panel_keys, ceil_div(keys.end, index_panel_keys)};
+  CodeTiles tiles(scratch.codes, rows.coded, rows.number, padded_width(a.size.width));
+  if (sampled_share(rows, tiles, panels) > kMostCandidates) return false;
+  collect_panels(rows, tiles, keys, panels);
+  for (int64_t r = 0; r < rows.number; ++r) {
+    QueryState<float>& q = rows.query[r];
     int32_t* columns = scratch.columns + r * scratch.row_capacity;
     float* scores = scratch.weights + r * scratch.row_capacity;
     int64_t& count = scratch.counts[r];
-    if (several) count = drop_again(rows[r], reached[r], columns, scores, count);
-    score_candidates(a, rows[r], scratch.queries + r * width, columns, count, scores);
+    count = drop_again(rows.reach[r].least, columns, scores, count);
+    score_candidates(a, q, scratch.queries + r * a.size.width, columns, count, scores);
     fill_last_vector<float, kIndexLanes>(scores, count);
-    rows[r].top = largest_score<float, kIndexLanes>(scores, count);
-    finish_row<float, Target>(a, rows[r], r, scratch);
+    q.top = largest_score<float, kIndexLanes>(scores, count);
+    finish_row<float, Target>(a, q, r, scratch);
   }
   return true;
 }

@@ -228,7 +228,7 @@ double head_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionSc
   int64_t found = 0, seen = 0;
   for (int64_t s = 0; s < Queries; ++s) {
     const int64_t i = (2 * s + 1) * a.size.queries / (2 * Queries);
-    const QueryState<T> q = start_query(a, b, h, i, scratch.queries);
+    const QueryState<T> q = start_query(a, window_of(a, a.threshold), b, h, i, scratch.queries);
     const int64_t spare = max64(q.sight.end - q.sight.first - Keys, 0);
     T* scores = scratch.scores;
     T top = -__builtin_inf();

@@ -69,13 +69,15 @@ double window_of(const Attention<T>& a, double threshold) {
   }
 }
 
+// `window` is that of the threshold all queries share, if they do.
 template <typename T>
-QueryState<T> start_query(const Attention<T>& a, int64_t b, int64_t h, int64_t i, T* scaled) {
+QueryState<T> start_query(const Attention<T>& a, double window, int64_t b, int64_t h, int64_t i, T* scaled) {
   const T* query = a.query.head(b, h) + i * a.query.stride;
   for (int64_t d = 0; d < a.size.width; ++d) scaled[d] = T(a.scale * query[d]);
   const int64_t* strides = a.threshold_strides;
   const double threshold = a.thresholds ? a.thresholds[b * strides[0] + h * strides[1] + i * strides[2]] : a.threshold;
-  QueryState<T> q = {b, h, i, sight_of(a, i), query, threshold, a.rule != Rule::absolute, window_of(a, threshold)};
+  if (a.thresholds) window = window_of(a, threshold);
+  QueryState<T> q = {b, h, i, sight_of(a, i), query, threshold, a.rule != Rule::absolute, window};
   q.alibi = a.alibi_slopes ? a.alibi_slopes[h] : 0;
   q.top = -__builtin_inf();
   return q;
@@ -94,11 +96,15 @@ double most_alibi(const QueryState<T>& q) {
   return __builtin_fabs(q.alibi) * larger_of(before, after);
 }
 
-// Once the largest norm of a key is known, so is how far a score may be off.
+// Once the largest norms of a key and of the query are known, so is how far a score may be off.
+template <typename T>
+ScreenError<T> error_of(const Attention<T>& a, const QueryState<T>& q, double norm, double largest_key) {
+  return ScreenError<T>(__builtin_fabs(a.scale) * norm, largest_key, most_alibi(q), a.size.width);
+}
+
 template <typename T>
 ScreenError<T> error_of(const Attention<T>& a, const QueryState<T>& q, double largest_key) {
-  const double scaled_norm = __builtin_fabs(a.scale) * norm_above(q.query, a.size.width);
-  return ScreenError<T>(scaled_norm, largest_key, most_alibi(q), a.size.width);
+  return error_of(a, q, norm_above(q.query, a.size.width), largest_key);
 }
 
 template <typename T>

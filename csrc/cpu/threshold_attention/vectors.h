@@ -85,6 +85,18 @@ COMPSPARSE_INLINE uint32_t not_below(Vec<T, L> v, T bound) {
   return bits;
 }
 
+// Is any lane more than `bound`?
+template <int L>
+COMPSPARSE_INLINE bool any_above(Vec<float, L> v, float bound) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#endif
+#if defined(__AVX__)
+  if constexpr (L == 8) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#endif
+  return max_lanes<float, L>(v) > bound;
+}
+
 // Bit i is set where v[i] is not a number.
 template <typename T, int L>
 COMPSPARSE_INLINE uint32_t unordered(Vec<T, L> v) {
