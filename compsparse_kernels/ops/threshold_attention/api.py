@@ -187,7 +187,7 @@ def _run(arguments, with_support, backend):
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as where query, key and value are one
             arguments = tuple(each.view_as(each) if isinstance(each, torch.Tensor) else each for each in arguments)
-        return autograd.ThresholdAttention.apply(*arguments)
+        return autograd.attend(arguments, with_support)
     return _support(*arguments)[:5] if with_support else (_output(*arguments),)
 
 

@@ -1,4 +1,5 @@
-"""Gradients of thresholded attention from the support that its forward found; a second derivative is refused."""
+"""Gradients of thresholded attention from the support that its forward found, or, where that would be most keys, from
+scores computed again; a second derivative is refused."""
 
 import math
 
@@ -8,9 +9,24 @@ from compsparse_kernels.ops.threshold_attention import contract  # noqa: F401  (
 
 _support = torch.ops.compsparse.threshold_attention_support.default
 _backward = torch.ops.compsparse.threshold_attention_backward.default
+_is_dense = torch.ops.compsparse.threshold_attention_is_dense.default
+_bits = torch.ops.compsparse.threshold_attention_bits.default
+_bits_backward = torch.ops.compsparse.threshold_attention_bits_backward.default
 
 # Places of the differentiable ones among the arguments of the op, and of all of them their number.
 BIAS, THRESHOLDS, ARGUMENTS = 3, 6, 20
+
+
+def attend(arguments, with_support):
+    """``(out, ...)``: output, and row_ptr, col_idx, weights and log_sum of the support where it is stored.
+
+    (What a trace would have to know of the numbers to choose, ``torch.compile`` can't: it stores the support.)
+    """
+    query, bias = arguments[0], arguments[BIAS]
+    stored = with_support or query.device.type != "cpu" or torch.compiler.is_compiling()
+    if not stored and not (bias is not None and bias.requires_grad) and _is_dense(*arguments):
+        return (RecomputedAttention.apply(*arguments),)
+    return ThresholdAttention.apply(*arguments)
 
 
 class ThresholdAttention(torch.autograd.Function):
@@ -39,12 +55,39 @@ class ThresholdAttention(torch.autograd.Function):
                 grads[BIAS] = _bias_grad(score_grad, *support[:2], query.shape[:3], bias)
             if ctx.needs_input_grad[THRESHOLDS]:
                 grads[THRESHOLDS] = _thresholds_grad(cut_grad, thresholds, ctx.options[1])
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
-            there = [place for place, tensor in grads.items() if tensor is not None]
-            tensors = [grads[place] for place in there]
-            marked = _OnceDifferentiable.apply(len(there), *tensors, grad, query, key, value, bias, thresholds)
-            grads |= zip(there, marked, strict=True)
-        return tuple(grads.values())
+        return _once_differentiable(grads, grad, query, key, value, bias, thresholds)
+
+
+class RecomputedAttention(torch.autograd.Function):
+    """The arguments of the op, softmax without dropout; the output alone."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        out, *kept = _bits(*arguments)
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        ctx.save_for_backward(out, *kept, *tensors)
+        ctx.others = [None if isinstance(argument, torch.Tensor) else (argument,) for argument in arguments]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved = iter(ctx.saved_tensors)
+        kept = [next(saved) for _ in range(4)]
+        arguments = [next(saved) if other is None else other[0] for other in ctx.others]
+        grads = dict.fromkeys(range(ARGUMENTS))
+        with torch.no_grad():
+            grads |= enumerate(_bits_backward(grad, *kept, *arguments))
+            if ctx.needs_input_grad[THRESHOLDS]:  # constant almost everywhere
+                grads[THRESHOLDS] = torch.zeros_like(arguments[THRESHOLDS])
+        return _once_differentiable(grads, grad, *arguments[:3], arguments[THRESHOLDS])
+
+
+def _once_differentiable(grads, *of):
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+        there = [place for place, tensor in grads.items() if tensor is not None]
+        marked = _OnceDifferentiable.apply(len(there), *[grads[place] for place in there], *of)
+        grads |= zip(there, marked, strict=True)
+    return tuple(grads.values())
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -5,11 +5,17 @@
                                               ``[nnz]``, and of each row ``[B, H, Tq]`` log_sum and slope
 ``compsparse::threshold_attention_backward``  gradients of query, key, value, of the scores of the support ``[nnz]``,
                                               and of each row's cut ``[B, H, Tq]``
+``compsparse::threshold_attention_is_dense``  are so many keys kept, by a look at a few queries, that a training step is
+                                              faster by the next two? Kernels of the CPU alone have them; elsewhere False
+``compsparse::threshold_attention_bits``      output, and what makes the weights again of scores computed again: a bit for
+                                              each key kept, int64 ``[B, H, Tq, ceil(Tk / 64)]``, the largest score of each
+                                              row and one over its sum of exp(score - largest) ``[B, H, Tq]``
+``compsparse::threshold_attention_bits_backward``  gradients of query, key and value
 ``compsparse::threshold_attention_index``     what the screen knows of keys ``[B, Hkv, Tk, D]``: uint8, opaque; empty
                                               where the kernels in use screen without one
 ``compsparse::threshold_attention_index_``    writes the entries of the keys ``first, first + 1, ...`` into an index
 
-The arguments of the first two:
+The arguments of the forward ops:
 
 - ``attn_bias`` has four dimensions, each of full size or 1, and is bool (true = may attend) or of the query's dtype;
   the gradient of a bias is summed from that of the scores. ``key_padding_mask [B, Tk]`` is true where a key is ignored.
@@ -43,6 +49,7 @@ INPUTS = (
     " float dropout_p, SymInt seed"
 )
 SUPPORT = "Tensor row_ptr, Tensor col_idx, Tensor weights, Tensor log_sum, Tensor slope"
+BITS = "Tensor kept, Tensor top, Tensor inverse"
 
 lib.define(f"threshold_attention({INPUTS}) -> Tensor", tags=TAGS)
 lib.define(
@@ -54,9 +61,16 @@ lib.define(
     " SymInt seed) -> (Tensor query_grad, Tensor key_grad, Tensor value_grad, Tensor score_grad, Tensor cut_grad)",
     tags=TAGS,
 )
+lib.define(f"threshold_attention_is_dense({INPUTS}) -> bool", tags=TAGS)
+lib.define(f"threshold_attention_bits({INPUTS}) -> (Tensor out, {BITS})", tags=TAGS)
+lib.define(
+    f"threshold_attention_bits_backward(Tensor grad, Tensor out, {BITS}, {INPUTS}) -> (Tensor query_grad,"
+    " Tensor key_grad, Tensor value_grad)",
+    tags=TAGS,
+)
 lib.define("threshold_attention_index(Tensor key) -> Tensor", tags=TAGS)
 lib.define("threshold_attention_index_(Tensor(a!) index, Tensor key, SymInt first) -> ()", tags=TAGS)
-_OPS = ("", "_support", "_backward", "_index", "_index_")
+_OPS = ("", "_support", "_backward", "_is_dense", "_bits", "_bits_backward", "_index", "_index_")
 for name in _OPS:
     lib.impl(
         f"threshold_attention{name}", getattr(reference, f"threshold_attention{name}"), "CompositeExplicitAutograd"
@@ -101,6 +115,22 @@ def _(query, key, value, *options):
 def _(grad, query, key, value, row_ptr, col_idx, weights, *options):
     inputs = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     return *inputs, weights.new_empty(weights.shape), weights.new_empty(query.shape[:3])
+
+
+@torch.library.register_fake("compsparse::threshold_attention_bits", lib=lib)
+def _(query, key, value, *options):
+    rows = query.shape[:3]
+    return (
+        query.new_empty(*rows, value.shape[3]),
+        query.new_empty(*rows, reference.words_for(key.shape[2]), dtype=torch.int64),
+        query.new_empty(rows),
+        query.new_empty(rows),
+    )
+
+
+@torch.library.register_fake("compsparse::threshold_attention_bits_backward", lib=lib)
+def _(grad, out, kept, top, inverse, query, key, value, *options):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
 
 @torch.library.register_fake("compsparse::threshold_attention_index", lib=lib)

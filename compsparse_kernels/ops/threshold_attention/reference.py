@@ -130,6 +130,36 @@ def threshold_attention_backward(
     return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), score_grad, cut_grad
 
 
+def threshold_attention_is_dense(*arguments):
+    """Never: to store the support is what the reference is for."""
+    return False
+
+
+def threshold_attention_bits(query, key, value, *options):
+    """Output; a bit for each key kept; the largest score of each row, and the weight that it has."""
+    out, row_ptr, col_idx, weights, log_sum, _ = threshold_attention_support(query, key, value, *options)
+    rows = torch.arange(len(row_ptr) - 1, device=query.device).repeat_interleave(row_ptr.diff())
+    bits = torch.ones_like(rows) << col_idx.long() % 64
+    words = bits.new_zeros(len(row_ptr) - 1, words_for(key.shape[2]))
+    words = words.index_put((rows, col_idx.long() // 64), bits, accumulate=True)
+    inverse = weights.new_zeros(len(row_ptr) - 1).scatter_reduce(0, rows, weights, "amax").view(log_sum.shape)
+    top = torch.where(inverse == 0, 0, log_sum + inverse.log())
+    return out, words.view(*log_sum.shape, -1), top, inverse
+
+
+def threshold_attention_bits_backward(grad, out, kept, top, inverse, query, key, value, *options):
+    """Gradients of query, key and value, from the support computed again."""
+    threshold, rule, weighting, *_, scale, dropout_p, seed = options[7:]
+    _, *support, _, slope = threshold_attention_support(query, key, value, *options)
+    options = threshold, rule, weighting, scale, dropout_p, seed
+    return threshold_attention_backward(grad, query, key, value, *support, slope, *options)[:3]
+
+
+def words_for(keys):
+    """Of 64 bits, one for each key."""
+    return -(-keys // 64)
+
+
 def threshold_attention_index(key):
     """No index: the reference screens nothing."""
     return torch.zeros(index_shape(key), dtype=torch.uint8, device=key.device)

@@ -270,12 +270,6 @@ void sum_by_blocks(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Ra
     for (int64_t d = 0; d < g.size.width; ++d) key_grad[j * g.key_grad.stride + d] *= T(g.scale);
 }
 
-template <typename T>
-void clear(T* rows, int64_t stride, int64_t width, Range which) {
-  for (int64_t j = which.begin; j < which.end; ++j)
-    for (int64_t d = 0; d < width; ++d) rows[j * stride + d] = 0;
-}
-
 // A range of keys that begins at a multiple of kKeysTogether.
 template <typename T, class Target>
 void attention_backward_keys(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Range keys,

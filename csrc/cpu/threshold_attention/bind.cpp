@@ -5,9 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,41 +13,12 @@
 #include "../arena.h"
 #include "../partition.h"
 #include "../scratch.h"
+#include "inputs.h"
+#include "prepared.h"
 #include "unpack.h"
 
 namespace compsparse {
 namespace {
-
-// Buffers of one thread, for blocks of queries against `keys` keys. Pages that no candidate reaches are never touched.
-template <typename T>
-struct Buffers {
-  Buffers(const AttentionKernels<T>& kernel, const AttentionSizes& size)
-      : row_capacity(round_up(size.keys, kernel.panel_keys) + kernel.slack),
-        queries(make_scratch<T>(kernel.block_queries * size.width)),
-        codes(make_scratch<int8_t>(kernel.block_queries * round_up(size.width, 4))),
-        scores(make_scratch<T>(kernel.block_queries * kernel.score_stride)),
-        counts(new int64_t[kernel.block_queries]),
-        columns(new int32_t[kernel.block_queries * row_capacity]),
-        weights(make_scratch<T>(kernel.block_queries * row_capacity)),
-        spare(make_scratch<T>(2 * row_capacity)),
-        sums(new T[2 * kernel.block_queries]),
-        slopes(sums.get() + kernel.block_queries) {}
-
-  AttentionScratch<T> scratch(bool with_support) const {
-    return {queries.get(), codes.get(), scores.get(), counts.get(), columns.get(), weights.get(),
-            spare.get(),   sums.get(),  slopes,       row_capacity, with_support};
-  }
-
-  int64_t row_capacity;
-  Scratch<T> queries;
-  Scratch<int8_t> codes;
-  Scratch<T> scores;
-  std::unique_ptr<int64_t[]> counts;
-  std::unique_ptr<int32_t[]> columns;
-  Scratch<T> weights, spare;
-  std::unique_ptr<T[]> sums;
-  T* slopes;
-};
 
 // The survivors of one block of queries, rows one after another.
 template <typename T>
@@ -74,46 +42,6 @@ bool keep_block(const AttentionScratch<T>& scratch, int64_t rows, int64_t* degre
   }
   return true;
 }
-
-// What the kernels need of the keys, made when a block of queries first asks for it.
-template <typename T>
-class PreparedKeys {
- public:
-  PreparedKeys(const AttentionKernels<T>& kernel, Attention<T>& a)
-      : kernel_(kernel), a_(a), heads_(a.size.batch * a.size.kv_heads), panels_(panels_of(kernel, a.size)) {
-    const int64_t head_size = panels_ * kernel.panel_keys * a.size.width;
-    packed_ = make_scratch<T>(heads_ * head_size);
-    norms_.reset(new double[heads_ * panels_]);
-    finite_.reset(new uint8_t[heads_]);
-    once_.reset(new std::once_flag[heads_]);
-    a.packed_keys = packed_.get();
-    a.norms = norms_.get();
-    a.finite_values = finite_.get();
-  }
-
-  void need(int64_t b, int64_t kv_head) {
-    const int64_t head = b * a_.size.kv_heads + kv_head;
-    std::call_once(once_[head], [&] {
-      T* packed = packed_.get() + head * panels_ * kernel_.panel_keys * a_.size.width;
-      kernel_.pack_keys(a_.key.head(b, kv_head), a_.key.stride, a_.size.keys, a_.size.width, packed,
-                        norms_.get() + head * panels_);
-      finite_[head] = all_finite(a_.value.head(b, kv_head), a_.value.stride, a_.size.keys, a_.size.value_width);
-    });
-  }
-
- private:
-  static int64_t panels_of(const AttentionKernels<T>& kernel, const AttentionSizes& size) {
-    return (size.keys + kernel.panel_keys - 1) / kernel.panel_keys;
-  }
-
-  const AttentionKernels<T>& kernel_;
-  Attention<T>& a_;
-  int64_t heads_, panels_;
-  Scratch<T> packed_;
-  std::unique_ptr<double[]> norms_;
-  std::unique_ptr<uint8_t[]> finite_;
-  std::unique_ptr<std::once_flag[]> once_;
-};
 
 // Queries so few that keys are read as they lie: to repack them costs as much as some products with them.
 constexpr int64_t few_queries = 8;
@@ -205,112 +133,8 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportPart
   STD_TORCH_CHECK(std::find(failed.begin(), failed.end(), 1) == failed.end(), "out of memory for the support");
 }
 
-template <typename T>
-void set_bias(Attention<T>& a, const Tensor& bias) {
-  if (bias.scalar_type() == ScalarType::Bool)
-    a.mask = static_cast<const uint8_t*>(bias.data_ptr());
-  else
-    a.bias = static_cast<const T*>(bias.data_ptr());
-  for (int d = 0; d < 4; ++d) a.bias_strides[d] = bias.size(d) == 1 ? 0 : bias.stride(d);
-}
-
-// The inputs of both forward ops, kept alive together with the copies made of them.
-struct Inputs {
-  Tensor query, key, value;
-  std::optional<Tensor> bias, padding, alibi, thresholds, query_starts, key_starts, index;
-  double threshold;
-  Rule rule;
-  Weighting weighting;
-  bool causal;
-  int64_t window_left, window_right, query_offset;
-  double scale, dropout;
-  int64_t seed;
-
-  template <typename T>
-  Attention<T> attention(const Tensor& out) const {
-    Attention<T> a = {};
-    a.size = sizes_of(query, key, value);
-    a.query = heads_of<const T>(query);
-    a.key = heads_of<const T>(key);
-    a.value = heads_of<const T>(value);
-    a.out = heads_of<T>(out);
-    if (bias) set_bias(a, *bias);
-    if (padding) a.padding = static_cast<const uint8_t*>(padding->data_ptr());
-    if (alibi) a.alibi_slopes = static_cast<const float*>(alibi->data_ptr());
-    if (thresholds) {
-      a.thresholds = static_cast<const double*>(thresholds->data_ptr());
-      for (int d = 0; d < 3; ++d) a.threshold_strides[d] = thresholds->size(d) == 1 ? 0 : thresholds->stride(d);
-    }
-    if (query_starts) {
-      a.query_starts = static_cast<const int64_t*>(query_starts->data_ptr());
-      a.key_starts = static_cast<const int64_t*>(key_starts->data_ptr());
-      a.sequences = query_starts->size(0) - 1;
-    }
-    if (index && sizeof(T) == sizeof(float)) {
-      a.index = static_cast<const uint8_t*>(index->data_ptr());
-      a.index_stride = index->stride(1);
-    }
-    a.threshold = threshold;
-    a.rule = rule;
-    a.weighting = weighting;
-    a.causal = causal;
-    a.window_left = window_left;
-    a.window_right = window_right;
-    a.query_offset = query_offset;
-    a.scale = scale;
-    a.dropout = dropout;
-    a.seed = uint64_t(seed);
-    return a;
-  }
-
-  // In the dtype that the kernels compute in.
-  Tensor new_output() const { return new_tensor(query, {query.size(0), query.size(1), query.size(2), value.size(3)}); }
-};
-
-std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& x) {
-  return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
-}
-
-Inputs inputs_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& padding, const std::optional<Tensor>& alibi,
-                 const std::optional<Tensor>& thresholds, const std::optional<Tensor>& query_starts,
-                 const std::optional<Tensor>& key_starts, const std::optional<Tensor>& index, double threshold,
-                 const std::string& rule, const std::string& weighting, bool is_causal, int64_t window_left,
-                 int64_t window_right, int64_t query_offset, double scale, double dropout, int64_t seed) {
-  std::optional<Tensor> wide_bias = bias;
-  if (bias && is_half(*bias)) wide_bias = torch::stable::to(*bias, ScalarType::Float);
-  return {as_rows(query),
-          as_rows(key),
-          as_rows(value),
-          wide_bias,
-          contiguous_or_none(padding),
-          contiguous_or_none(alibi),
-          thresholds,
-          contiguous_or_none(query_starts),
-          contiguous_or_none(key_starts),
-          kernels().attention->f32.forward_indexed ? index : std::nullopt,
-          threshold,
-          rule_from(rule),
-          weighting_from(weighting),
-          is_causal,
-          window_left,
-          window_right,
-          query_offset,
-          scale,
-          dropout,
-          seed};
-}
-
-Tensor threshold_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                           const std::optional<Tensor>& attn_bias, const std::optional<Tensor>& key_padding_mask,
-                           const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& thresholds,
-                           const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-                           const std::optional<Tensor>& index, double threshold, std::string rule,
-                           std::string weighting, bool is_causal, int64_t window_left, int64_t window_right,
-                           int64_t query_offset, double scale, double dropout_p, int64_t seed) {
-  const Inputs inputs = inputs_of(query, key, value, attn_bias, key_padding_mask, alibi_slopes, thresholds,
-                                  cu_seqlens_q, cu_seqlens_k, index, threshold, rule, weighting, is_causal, window_left,
-                                  window_right, query_offset, scale, dropout_p, seed);
+Tensor threshold_attention(COMPSPARSE_ATTENTION_PARAMETERS) {
+  const Inputs inputs = inputs_of(COMPSPARSE_ATTENTION_ARGUMENTS);
   Tensor out = inputs.new_output();
   by_dtype(inputs.query, [&]<typename T>(const AttentionKernels<T>& kernel) {
     Attention<T> a = inputs.attention<T>(out);
@@ -345,15 +169,8 @@ std::tuple<Tensor, Tensor> join_blocks(const Tensor& like, Tensor& row_ptr, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> threshold_attention_support(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_bias,
-    const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& thresholds, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& index, double threshold, std::string rule,
-    std::string weighting, bool is_causal, int64_t window_left, int64_t window_right, int64_t query_offset,
-    double scale, double dropout_p, int64_t seed) {
-  const Inputs inputs = inputs_of(query, key, value, attn_bias, key_padding_mask, alibi_slopes, thresholds,
-                                  cu_seqlens_q, cu_seqlens_k, index, threshold, rule, weighting, is_causal, window_left,
-                                  window_right, query_offset, scale, dropout_p, seed);
+    COMPSPARSE_ATTENTION_PARAMETERS) {
+  const Inputs inputs = inputs_of(COMPSPARSE_ATTENTION_ARGUMENTS);
   Tensor out = inputs.new_output();
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   Tensor row_ptr = new_tensor(query, {batch * heads * queries + 1}, aoti_torch_dtype_int64());

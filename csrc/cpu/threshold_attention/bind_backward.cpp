@@ -18,13 +18,6 @@ namespace compsparse {
 namespace {
 
 template <typename T>
-bool all_heads_finite(const Heads<const T>& x, int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
-  for (int64_t head = 0; head < batch * heads; ++head)
-    if (!all_finite(x.head(head / heads, head % heads), x.stride, tokens, width)) return false;
-  return true;
-}
-
-template <typename T>
 bool all_numbers_finite(const AttentionGradient<T>& g) {
   const AttentionSizes& size = g.size;
   return all_heads_finite(g.query, size.batch, size.heads, size.queries, size.width) &&

@@ -18,6 +18,7 @@
 
 #include "backward.h"
 #include "finish.h"
+#include "recompute.h"
 #include "tiles.h"
 
 namespace {
@@ -87,17 +88,28 @@ void direct_block(const Attention<T>& a, const T* keys_of_head, QueryState<T>* r
   for (int64_t r = 0; r < num_rows; ++r) finish_row<T, Target>(a, rows[r], r, scratch);
 }
 
-// Scores [0, count) of one row -> the same, -inf where a key is dropped, and the columns kept, where they are wanted.
-// Returns how many. decide(vector, where it lies) -> bits.
+// Where the keys that a row keeps are written: their columns, or a bit for each; or nowhere.
+struct KeptRow {
+  int32_t* columns;
+  uint64_t* words;
+
+  template <int L>
+  COMPSPARSE_INLINE void keep(int64_t first, uint32_t bits, int64_t kept) const {
+    if (columns) compress_columns<L>(int32_t(first), bits, columns + kept);
+    if (words) words[first / 64] |= uint64_t(bits) << (first % 64);  // `first` is a multiple of L
+  }
+};
+
+// Scores [0, count) of one row -> the same, -inf where a key is dropped. Returns how many are kept. decide(vector,
+// where it lies) -> bits.
 template <typename T, int L, class Decide>
-int64_t keep_in_place(T* scores, int64_t count, int64_t first, int32_t* columns, const Decide& decide) {
+int64_t keep_in_place(T* scores, int64_t count, int64_t first, const KeptRow& to, const Decide& decide) {
   int64_t kept = 0;
   for (int64_t j = 0; j < count; j += L) {
     const Vec<T, L> some = load<T, L>(scores + j);
     const uint32_t bits = decide(some, j);
-    store<T, L>(scores + j, keep_lanes<T, L>(some, bits));
-    if (!columns) continue;
-    compress_columns<L>(int32_t(first + j), bits, columns + kept);
+    store<T, L>(scores + j, keep_lanes<T, L>(some, bits, T(-__builtin_inf())));
+    to.keep<L>(first + j, bits, kept);
     kept += count_bits(bits);
   }
   return kept;
@@ -106,38 +118,44 @@ int64_t keep_in_place(T* scores, int64_t count, int64_t first, int32_t* columns,
 // Scores of one row of the keys [begin, begin + count) -> weights in place, 0 where a key is dropped.
 template <typename T, int L>
 void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t begin, int64_t count, T* scores,
-                     const AttentionScratch<T>& scratch) {
-  const int64_t seen = finish_scores<T, L>(a, q, begin, count, scores);
-  int32_t* columns = scratch.with_support ? scratch.columns + r * scratch.row_capacity : nullptr;
+                     const AttentionScratch<T>& scratch, const KeptBits<T>* bits) {
+  const int64_t seen = finish_scores<T, L>(a, q, begin, count, scores), row = row_number(a, q);
+  const KeptRow to = {scratch.with_support ? scratch.columns + r * scratch.row_capacity : nullptr,
+                      bits ? bits->words + row * bits->row_words : nullptr};
   q.top = largest_score<T, L>(scores, seen);
   const CutBounds<T> known = bounds_of_cut(q);
   uint32_t open = 0;  // where the bounds don't decide: hardly ever
-  int64_t kept = keep_in_place<T, L>(scores, seen, begin, columns, [&](Vec<T, L> some, int64_t) {
-    const uint32_t bits = not_below<T, L>(some, known.least);
-    open |= (bits & ~not_below<T, L>(some, known.enough)) | unordered<T, L>(some);
-    return bits;
+  int64_t kept = keep_in_place<T, L>(scores, seen, begin, to, [&](Vec<T, L> some, int64_t) {
+    const uint32_t some_bits = not_below<T, L>(some, known.least);
+    open |= (some_bits & ~not_below<T, L>(some, known.enough)) | unordered<T, L>(some);
+    return some_bits;
   });
   if (open) {
     const auto column = [&](int64_t at) { return begin + at; };
     const RowDecision<T, L, decltype(column)> keeps(a, q, scores, seen, column);
-    kept = keep_in_place<T, L>(scores, seen, begin, columns, keeps);
+    if (bits) bits->clear(row);
+    kept = keep_in_place<T, L>(scores, seen, begin, to, keeps);
   }
-  const RowSums<T> sums = weigh<T, L>(a, q, scores, seen, q.from_top ? q.top : largest_of(scores, seen));
+  const T top = q.from_top ? q.top : largest_of(scores, seen);
+  const RowSums<T> sums = weigh<T, L>(a, q, scores, seen, top);
   for (int64_t j = round_up(seen, L); j < count; ++j) scores[j] = 0;
   scratch.counts[r] = kept;
   scratch.log_sums[r] = sums.log_sum;
   scratch.slopes[r] = sums.slope;
+  if (!bits) return;
+  bits->tops[row] = top > -__builtin_inf() ? top : 0;
+  bits->inverses[row] = sums.sum == 0 ? 0 : 1 / sums.sum;
 }
 
 template <typename T, class Target>
 void dense_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, int64_t num_rows, Range keys,
-                 const AttentionScratch<T>& scratch) {
+                 const AttentionScratch<T>& scratch, const KeptBits<T>* bits = nullptr) {
   constexpr int L = Target::Lanes;
   const int64_t begin = keys.begin / Target::PanelKeys * Target::PanelKeys, count = keys.end - begin;
   const int64_t stride = scratch.row_capacity;
   score_panels<T, Target>(a, packed, num_rows, begin, keys.end, scratch, scratch.weights, stride);
   for (int64_t r = 0; r < num_rows; ++r)
-    weigh_dense_row<T, L>(a, rows[r], r, begin, count, scratch.weights + r * stride, scratch);
+    weigh_dense_row<T, L>(a, rows[r], r, begin, count, scratch.weights + r * stride, scratch, bits);
   const QueryState<T>& q = rows[0];
   const int64_t kv_head = q.h / (a.size.heads / a.size.kv_heads);
   T* out = a.out.head(q.b, q.h) + q.i * a.out.stride;
@@ -197,6 +215,13 @@ bool mostly_kept(const Attention<T>& a, const T* packed, const QueryState<T>* ro
   return sampled_share<T, Target>(a, packed, rows, num_rows, keys, scratch) > kDenseShare;
 }
 
+template <typename T>
+double largest_norm(const Attention<T>& a, int64_t head, int64_t panels, Range which) {
+  double largest = 0;
+  for (int64_t p = which.begin; p < which.end; ++p) largest = larger_or_nan(largest, a.norms[head * panels + p]);
+  return largest;
+}
+
 template <typename T, class Target>
 void forward(const Attention<T>& a, int64_t b, int64_t h, Range queries, const AttentionScratch<T>& scratch) {
   constexpr int64_t P = Target::PanelKeys;
@@ -208,15 +233,30 @@ void forward(const Attention<T>& a, int64_t b, int64_t h, Range queries, const A
     direct_block<T, Target>(a, a.key.head(b, kv_head), rows, num_rows, keys, scratch);
     return;
   }
-  double largest_key = 0;
-  for (int64_t p = keys.begin / P; p < ceil_div(keys.end, P); ++p)
-    largest_key = larger_or_nan(largest_key, a.norms[head * panels + p]);
+  const double largest_key = largest_norm(a, head, panels, {keys.begin / P, ceil_div(keys.end, P)});
   for (int64_t r = 0; r < num_rows; ++r) rows[r].error = error_of(a, rows[r], largest_key);
   const T* packed = a.packed_keys + head * panels * P * a.size.width;
   if (mostly_kept<T, Target>(a, packed, rows, num_rows, keys, scratch))
     dense_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
   else
     sparse_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
+}
+
+// All queries of the block by tiles, and a bit for each key they keep in place of the support.
+template <typename T, class Target>
+void forward_bits(const Attention<T>& a, const KeptBits<T>& bits, int64_t b, int64_t h, Range queries,
+                  const AttentionScratch<T>& scratch) {
+  constexpr int64_t P = Target::PanelKeys;
+  const int64_t head = b * a.size.kv_heads + h / (a.size.heads / a.size.kv_heads), panels = ceil_div(a.size.keys, P);
+  QueryState<T> rows[kBlockQueries];
+  const Range keys = start_rows(a, b, h, queries, rows, scratch);
+  const double largest_key = largest_norm(a, head, panels, {keys.begin / P, ceil_div(keys.end, P)});
+  for (int64_t r = 0; r < queries.end - queries.begin; ++r) {
+    rows[r].error = error_of(a, rows[r], largest_key);
+    bits.clear(row_number(a, rows[r]));
+  }
+  dense_block<T, Target>(a, a.packed_keys + head * panels * P * a.size.width, rows, queries.end - queries.begin, keys,
+                         scratch, &bits);
 }
 
 // The share of keys that may be kept by a few queries of a head, among a few keys all over those in sight.
@@ -262,7 +302,9 @@ constexpr AttentionKernels<T> attention_kernels() {
           nullptr,
           nullptr,
           attention_backward_rows<T, Target>,
-          attention_backward_keys<T, Target>};
+          attention_backward_keys<T, Target>,
+          forward_bits<T, Target>,
+          backward_bits<T, Target>};
 }
 
 }  // namespace

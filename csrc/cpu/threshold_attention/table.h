@@ -110,6 +110,42 @@ struct AttentionBackwardScratch {
   T* block;              // [2, 64, 64]
 };
 
+// In place of a support: a bit for each key that a row keeps, and what makes the weights of its scores again,
+// exp(s - top) inverse. Rows are (b, h, i).
+template <typename T>
+struct KeptBits {
+  uint64_t* words;  // [rows, row_words]
+  int64_t row_words;
+  T* tops;      // [rows]
+  T* inverses;  // [rows]
+
+  void clear(int64_t row) const {
+    for (int64_t w = 0; w < row_words; ++w) words[row * row_words + w] = 0;
+  }
+};
+
+// Queries and keys of a block whose scores are computed again; ranges of keys are multiples of it.
+constexpr int64_t recompute_queries = 48, recompute_keys = 192;
+
+// softmax, no dropout. The gradient of the queries is of a range of keys alone.
+template <typename T>
+struct BitsGradient {
+  Attention<T> of;
+  KeptBits<T> bits;
+  Heads<const T> out, grad;
+  Heads<T> query_grad, key_grad, value_grad;
+};
+
+template <typename T>
+struct BitsScratch {
+  T* queries;        // [recompute_queries, width], scaled
+  T* grads;          // [recompute_queries, value_width]
+  T* weights;        // [recompute_queries, recompute_keys]
+  T* score_grads;    // the same
+  T* packed_keys;    // [recompute_keys, width]
+  T* packed_values;  // [recompute_keys, value_width]
+};
+
 template <typename T>
 struct AttentionKernels {
   int64_t panel_keys;     // keys side by side in a packed panel
@@ -131,6 +167,10 @@ struct AttentionKernels {
   // key_grad, value_grad
   void (*backward_keys)(const AttentionGradient<T>&, int64_t b, int64_t kv_head, Range keys,
                         const AttentionBackwardScratch<T>&);
+  // Keys packed, their norms and finite values known.
+  void (*forward_bits)(const Attention<T>&, const KeptBits<T>&, int64_t b, int64_t h, Range queries,
+                       const AttentionScratch<T>&);
+  void (*backward_bits)(const BitsGradient<T>&, int64_t b, int64_t kv_head, Range keys, const BitsScratch<T>&);
 };
 
 struct AttentionTable {

@@ -78,8 +78,8 @@ void score_rows(const T* queries, int64_t count, int64_t width, const T* packed,
   }
 }
 
-// to[m][0 .. C L) += sum over keys of weights[m][key] * values[key], in the order of keys
-template <typename T, int L, int C, int M>
+// to[m][0 .. C L) += sum over keys of weights[m][key] * values[key], in the order of keys; `Across`: weights[key][m]
+template <typename T, int L, int C, int M, bool Across>
 void value_tile(const T* weights, int64_t stride, int64_t keys, const T* values, int64_t value_stride, T* to,
                 int64_t to_stride) {
   Vec<T, L> acc[M][C] = {};
@@ -87,7 +87,7 @@ void value_tile(const T* weights, int64_t stride, int64_t keys, const T* values,
     Vec<T, L> value[C];
     COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) value[c] = load<T, L>(values + c * L);
     COMPSPARSE_UNROLL for (int m = 0; m < M; ++m) {
-      const T weight = weights[m * stride + key];
+      const T weight = Across ? weights[key * stride + m] : weights[m * stride + key];
       COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) acc[m][c] += value[c] * weight;
     }
   }
@@ -97,28 +97,37 @@ void value_tile(const T* weights, int64_t stride, int64_t keys, const T* values,
   }
 }
 
-template <typename T, int L, int C, int M>
+template <typename T, int L, int C, int M, bool Across>
 void value_rows(const T* weights, int64_t stride, int64_t count, int64_t keys, const T* values, int64_t value_stride,
                 T* to, int64_t to_stride) {
-  for (; count >= M; count -= M, weights += M * stride, to += M * to_stride)
-    value_tile<T, L, C, M>(weights, stride, keys, values, value_stride, to, to_stride);
+  for (; count >= M; count -= M, weights += Across ? M : M * stride, to += M * to_stride)
+    value_tile<T, L, C, M, Across>(weights, stride, keys, values, value_stride, to, to_stride);
   if constexpr (M > 1) {
-    if (count > 0) value_rows<T, L, C, M / 2>(weights, stride, count, keys, values, value_stride, to, to_stride);
+    if (count > 0)
+      value_rows<T, L, C, M / 2, Across>(weights, stride, count, keys, values, value_stride, to, to_stride);
   }
 }
 
-// to [rows, width] += weights [rows, keys] times values [keys, width]
-template <typename T, int L, int C, int M>
+// to [rows, width] += weights [rows, keys], or their transpose [keys, rows], times values [keys, width]
+template <typename T, int L, int C, int M, bool Across = false>
 void add_products(const T* weights, int64_t stride, int64_t rows, int64_t keys, const T* values, int64_t value_stride,
                   int64_t width, T* to, int64_t to_stride) {
   int64_t d = 0;
   for (; d + C * L <= width; d += C * L)
-    value_rows<T, L, C, M>(weights, stride, rows, keys, values + d, value_stride, to + d, to_stride);
+    value_rows<T, L, C, M, Across>(weights, stride, rows, keys, values + d, value_stride, to + d, to_stride);
   if (d == width) return;
   if constexpr (C > 1)
-    add_products<T, L, C / 2, M>(weights, stride, rows, keys, values + d, value_stride, width - d, to + d, to_stride);
+    add_products<T, L, C / 2, M, Across>(weights, stride, rows, keys, values + d, value_stride, width - d, to + d,
+                                         to_stride);
   else if constexpr (L > 1)
-    add_products<T, L / 2, 1, M>(weights, stride, rows, keys, values + d, value_stride, width - d, to + d, to_stride);
+    add_products<T, L / 2, 1, M, Across>(weights, stride, rows, keys, values + d, value_stride, width - d, to + d,
+                                         to_stride);
+}
+
+template <typename T>
+void clear(T* rows, int64_t stride, int64_t width, Range which) {
+  for (int64_t j = which.begin; j < which.end; ++j)
+    for (int64_t d = 0; d < width; ++d) rows[j * stride + d] = 0;
 }
 
 // scores[j] = query . rows[j] for rows side by side

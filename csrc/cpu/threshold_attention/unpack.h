@@ -88,4 +88,11 @@ bool all_finite(const T* rows, int64_t stride, int64_t number, int64_t width) {
   return odd == 0;
 }
 
+template <typename T>
+bool all_heads_finite(const Heads<const T>& x, int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
+  for (int64_t head = 0; head < batch * heads; ++head)
+    if (!all_finite(x.head(head / heads, head % heads), x.stride, tokens, width)) return false;
+  return true;
+}
+
 }  // namespace compsparse

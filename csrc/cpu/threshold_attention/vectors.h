@@ -115,20 +115,20 @@ COMPSPARSE_INLINE uint32_t unordered(Vec<T, L> v) {
   return bits;
 }
 
-// The lanes whose bit is set; -inf in the others.
+// The lanes whose bit is set; `other` elsewhere.
 template <typename T, int L>
-COMPSPARSE_INLINE Vec<T, L> keep_lanes(Vec<T, L> v, uint32_t bits) {
-  const Vec<T, L> hidden = Vec<T, L>{} - T(__builtin_inf());
+COMPSPARSE_INLINE Vec<T, L> keep_lanes(Vec<T, L> v, uint32_t bits, T other) {
+  const Vec<T, L> others = Vec<T, L>{} + other;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4)
-    return (Vec<T, L>)_mm512_mask_mov_ps((__m512)hidden, bits, (__m512)v);
+    return (Vec<T, L>)_mm512_mask_mov_ps((__m512)others, bits, (__m512)v);
   if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8)
-    return (Vec<T, L>)_mm512_mask_mov_pd((__m512d)hidden, bits, (__m512d)v);
+    return (Vec<T, L>)_mm512_mask_mov_pd((__m512d)others, bits, (__m512d)v);
 #endif
   using Int = typename ExpConstants<T>::Int;
   Vec<Int, L> bit;
   COMPSPARSE_UNROLL for (int i = 0; i < L; ++i) bit[i] = Int(1) << i;
-  return (bit & Int(bits)) != 0 ? v : hidden;
+  return (bit & Int(bits)) != 0 ? v : others;
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)

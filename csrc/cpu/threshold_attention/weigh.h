@@ -10,6 +10,7 @@ template <typename T>
 struct RowSums {
   T log_sum;  // of e^score over the support
   T slope;
+  T sum = 0;  // of the weights before they were divided by it
 };
 
 template <typename T>
@@ -58,7 +59,7 @@ RowSums<T> softmax(T* scores, int64_t count, T top) {
   const T sum = T(total.total()), log_sum = log_of_sum(top, total.total());
   if (sum == 0) return {log_sum, 0};
   divide<T, L>(scores, count, sum);
-  return {log_sum, 0 / sum};  // no number where the weights are none
+  return {log_sum, 0 / sum, sum};  // no number where the weights are none
 }
 
 template <typename T, int L>
@@ -75,7 +76,7 @@ RowSums<T> shrink(const QueryState<T>& q, T* scores, int64_t count, T top) {
   const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
   if (sum == 0) return {log_sum, 0};
   divide<T, L>(scores, count, sum);
-  return {log_sum, base / sum};
+  return {log_sum, base / sum, sum};
 }
 
 template <typename T, int L>
@@ -92,7 +93,7 @@ RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
   const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
   if (sum == 0) return {log_sum, 0};
   divide<T, L>(scores, count, sum);
-  return {log_sum, 1 / sum};
+  return {log_sum, 1 / sum, sum};
 }
 
 template <typename T, int L>
