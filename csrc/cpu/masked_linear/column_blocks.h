@@ -37,7 +37,8 @@ template <typename T, typename Index>
 void count_entries(const MaskedProduct<T, Index>& p, const ColumnBlocks<Sum<T>, Index>& blocks) {
   const int64_t rows = blocks.rows.end - blocks.rows.begin, last = blocks.count - 1;
   const int64_t* ptr = p.ptr + blocks.rows.begin;
-  const int64_t mean = (ptr[rows] - ptr[0]) / (rows * blocks.count), some = round_up(mean + mean / 2 + 1, 16);
+  const int64_t mean = (ptr[rows] - ptr[0]) / max64(rows * blocks.count, 1);
+  const int64_t some = round_up(min64(mean + mean / 2, blocks.columns) + 1, 16);
   for (int64_t i = 0; i < blocks.count * (blocks.columns + 1); ++i) blocks.places[i] = 0;
   for (int64_t row = 0; row < rows; ++row) {
     int64_t entry = ptr[row];
