@@ -108,14 +108,18 @@ def test_any_shape(shape, batch, density, dtype, kind, block_shape, transposed, 
     assert_right(layout.T if transposed else layout, batch, dtype, seed, memory)
 
 
-# ---- wide inputs, in blocks of columns: enough entries a row, in a batch of 128 rows or more
+# ---- wide inputs, in blocks of columns: enough entries a row, in a batch of half as many rows as a block has columns
 
-WIDE = {"blocks of 256": (21, 1100, 0.25), "blocks of 512": (6, 6200, 0.045), "few in the last block": (19, 1025, 0.3)}
+WIDE = [  # blocks of 256 columns, the last of them full, long or short, and of 512
+    *(((21, 1100, 0.25), batch) for batch in (128, 129, 151)),
+    ((17, 1280, 0.2), 140),
+    ((19, 1025, 0.3), 130),
+    ((6, 6200, 0.045), 257),
+]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [128, 129, 151])
-@pytest.mark.parametrize("shape", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("shape, batch", WIDE, ids=str)
 def test_batches_of_wide_inputs(shape, batch, dtype):
     layout = make_layout(*shape)
     assert_right(layout, batch, dtype)

@@ -79,15 +79,16 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, Sum<T>* pack
 
 // Columns of a block, where the entries are multiplied in blocks of columns, and 0 where not: that is for panels too
 // wide for the first-level cache, and pays for sums that go to memory and back where a block has so many entries of a
-// row. It is the order of summation, so it follows from shapes alone.
+// row, and for its making where the batch has so many rows. It is the order of summation, so it follows from shapes
+// alone.
 template <typename T, typename Index>
 int64_t block_columns(const MaskedProduct<T, Index>& p) {
-  constexpr int64_t least_batch = 128, least_entries = 200, least_in_block = 20;
+  constexpr int64_t least_entries = 200, least_in_block = 20;
   const int64_t nnz = p.ptr[p.out_features];
-  if (p.batch < least_batch || nnz < least_entries * p.out_features) return 0;
+  if (nnz < least_entries * p.out_features) return 0;
   for (const int64_t columns : {256, 512})
     if (p.in_features >= 4 * columns && nnz * columns >= least_in_block * p.in_features * p.out_features)
-      return columns;
+      return p.batch >= columns / 2 ? columns : 0;
   return 0;
 }
 
