@@ -1,5 +1,7 @@
 """masked_linear and sampled_matmul: values and gradients against the float64 reference."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,42 @@ def test_any_shape(shape, batch, density, dtype, kind, block_shape, transposed, 
     assert_right(layout.T if transposed else layout, batch, dtype, seed, memory)
 
 
+# ---- wide inputs, in blocks of columns: enough entries a row, in a batch of half as many rows as a block has columns
+
+WIDE = [  # blocks of 256 columns, the last of them full, long or short, and of 512
+    *(((21, 1100, 0.25), batch) for batch in (128, 129, 151)),
+    ((17, 1280, 0.2), 140),
+    ((19, 1025, 0.3), 130),
+    ((6, 6200, 0.045), 257),
+]
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape, batch", WIDE, ids=str)
+def test_batches_of_wide_inputs(shape, batch, dtype):
+    layout = make_layout(*shape)
+    assert_right(layout, batch, dtype)
+    assert_right(layout.T, batch, dtype)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_wide_rows_of_any_length(dtype):
+    """Rows that are full or empty, have nothing in some blocks, or end with the array of all entries."""
+    mask = random_mask(40, 1200, 0.3)
+    mask[::7], mask[1::9], mask[5, 300:], mask[6, :900] = True, False, False, False
+    assert_right(MaskLayout.from_mask(mask, "csr"), 140, dtype)
+
+
+def test_wide_inputs_whose_columns_are_in_no_order():
+    """The op itself makes no promise about them, but it reads each entry once and nothing else."""
+    layout = make_layout(20, 1100, 0.3)
+    x, values, bias, _ = make_inputs(layout, 130, torch.float64)
+    ptr, idx, _ = layout.by_output
+    order = torch.cat([begin + torch.randperm(end - begin) for begin, end in pairwise(ptr.tolist())])
+    y = torch.ops.compsparse.masked_linear(x, values[order], bias, ptr, idx[order], None, 20)
+    torch.testing.assert_close(y, masked_linear(x, values, layout, bias))
+
+
 # ---- memory
 
 
@@ -178,9 +216,11 @@ def test_dropped_values_have_no_part(kind):
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2, 7, 33, 130])
-def test_bitwise_equal_for_columns_of_16_and_32_bits(batch, dtype):
-    narrow = make_layout(61, 83, 0.4)
+@pytest.mark.parametrize(
+    "shape, batch", [*(((61, 83, 0.4), batch) for batch in (1, 2, 7, 33, 130)), ((20, 1100, 0.3), 130)], ids=str
+)
+def test_bitwise_equal_for_columns_of_16_and_32_bits(shape, batch, dtype):
+    narrow = make_layout(*shape)
     wide = with_int32_columns(narrow)
     assert (narrow.index_dtype, wide.index_dtype) == (torch.int16, torch.int32)
     *inputs, grad = make_inputs(narrow, batch, dtype)
@@ -239,7 +279,9 @@ def test_no_graph_without_need():
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape, batch", [((250, 300), 61), ((40, 900), 260), ((900, 40), 129), ((700, 800), 1)], ids=str
+    "shape, batch",
+    [((250, 300), 61), ((40, 900), 260), ((900, 40), 129), ((700, 800), 1), ((600, 1100), 160), ((30, 1100), 384)],
+    ids=str,
 )
 def test_bitwise_equal_for_any_number_of_threads(shape, batch, dtype):
     check_same_bits_for_any_number_of_threads(make_layout(*shape), batch, dtype)

@@ -56,7 +56,47 @@ Buffer<Index> columns_of(const Pattern& pattern) {
   return Buffer<Index>::copy(std::vector<Index>(pattern.idx.data(), pattern.idx.data() + pattern.entries()));
 }
 
+// Blocks of columns, in buffers of exactly the size that they need while they are made.
+template <typename T, typename Index>
+struct Blocks {
+  Blocks(const IndexedKernels<T, Index>& kernel, const MaskedProduct<T, Index>& p, Range rows, int64_t columns)
+      : count((p.in_features + columns - 1) / columns),
+        values(Buffer<Sum<T>>::unwritten(p.ptr[rows.end] - p.ptr[rows.begin] + batch_lanes)),
+        idx(p.ptr[rows.end] - p.ptr[rows.begin] + batch_lanes),
+        segments(count * (rows.end - rows.begin)),
+        blocks{.rows = rows,
+               .columns = columns,
+               .count = count,
+               .values = values.data(),
+               .idx = idx.data(),
+               .segments = segments.data()} {
+    std::vector<int64_t> next(rows.end - rows.begin);
+    std::vector<int32_t> counts(segments.size()), places(count * (columns + 1));
+    blocks.next = next.data(), blocks.counts = counts.data(), blocks.places = places.data();
+    kernel.cut(p, blocks);
+  }
+
+  int64_t count;
+  Buffer<Sum<T>> values;
+  Buffer<Index> idx;
+  std::vector<Segment> segments;
+  ColumnBlocks<Sum<T>, Index> blocks;
+};
+
 Range half(int64_t total, int64_t part) { return {total * part / 2, total * (part + 1) / 2}; }
+
+template <typename Index, typename T>
+std::vector<double> exact_product(const MaskedProduct<T, Index>& p, const Buffer<T>& x) {
+  std::vector<double> exact(p.batch * p.out_features);
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t r = 0; r < p.out_features; ++r) {
+      double sum = p.bias ? p.bias[r] : 0;
+      for (int64_t e = p.ptr[r]; e < p.ptr[r + 1]; ++e)
+        sum += p.values[e] * Number<T>::value(x[n * p.in_features + p.idx[e]]);
+      exact[n * p.out_features + r] = sum;
+    }
+  return exact;
+}
 
 template <typename Index, typename T>
 void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern& pattern, bool with_bias,
@@ -81,15 +121,19 @@ void check_product(const MaskedKernels<T>& kernel, const Shape& s, const Pattern
   for (int64_t part = 0; part < 2; ++part)
     for (size_t panel = 0; panel < panels.rows.size(); ++panel)
       indexed.product(p, panels.data(panel), panels.rows[panel], half(s.out_features, part));
-  std::vector<double> exact(y.size());
-  for (int64_t n = 0; n < s.batch; ++n)
-    for (int64_t r = 0; r < s.out_features; ++r) {
-      double sum = with_bias ? bias[r] : 0;
-      for (int64_t e = p.ptr[r]; e < p.ptr[r + 1]; ++e)
-        sum += values[e] * Number<T>::value(x[n * s.in_features + p.idx[e]]);
-      exact[n * s.out_features + r] = sum;
-    }
+  const std::vector<double> exact = exact_product(p, x);
   sanitize::expect_equal(y.data(), exact.data(), y.size(), "product " + s.name());
+  for (const int64_t columns : {7, 32}) {
+    std::fill_n(y.data(), y.size(), Number<T>::from(NAN));
+    for (int64_t part = 0; part < 2; ++part) {
+      const Range rows = half(s.out_features, part);
+      const Blocks<T, Index> blocks(indexed, p, rows, columns);
+      const auto sums = Buffer<Sum<T>>::unwritten((rows.end - rows.begin + batch_lanes) * kernel.product_rows);
+      for (size_t panel = 0; panel < panels.rows.size(); ++panel)
+        indexed.product_blocked(p, blocks.blocks, panels.data(panel), panels.rows[panel], sums.data());
+    }
+    sanitize::expect_equal(y.data(), exact.data(), y.size(), "product by blocks of columns " + s.name());
+  }
 }
 
 template <typename Index, typename T>

@@ -5,11 +5,11 @@
                                               ``[nnz]``, and of each row ``[B, H, Tq]`` log_sum and slope
 ``compsparse::threshold_attention_backward``  gradients of query, key, value, of the scores of the support ``[nnz]``,
                                               and of each row's cut ``[B, H, Tq]``
-``compsparse::threshold_attention_is_dense``  are so many keys kept, by a look at a few queries, that a training step is
-                                              faster by the next two? Kernels of the CPU alone have them; elsewhere False
-``compsparse::threshold_attention_bits``      output, and what makes the weights again of scores computed again: a bit for
-                                              each key kept, int64 ``[B, H, Tq, ceil(Tk / 64)]``, the largest score of each
-                                              row and one over its sum of exp(score - largest) ``[B, H, Tq]``
+``compsparse::threshold_attention_is_dense``  is so much kept, by a look at a few queries, that training by the next two
+                                              is faster? CPU kernels alone have them; elsewhere False
+``compsparse::threshold_attention_bits``      output, and what makes the weights of scores computed again: a bit for each
+                                              key kept, int64 ``[B, H, Tq, ceil(Tk / 64)]``; of each row ``[B, H, Tq]``
+                                              the largest score, and one over its sum of exp(score - largest)
 ``compsparse::threshold_attention_bits_backward``  gradients of query, key and value
 ``compsparse::threshold_attention_index``     what the screen knows of keys ``[B, Hkv, Tk, D]``: uint8, opaque; empty
                                               where the kernels in use screen without one

@@ -10,6 +10,7 @@
 #include "../partition.h"
 #include "../scratch.h"
 #include "../tensors.h"
+#include "rows.h"
 
 namespace compsparse {
 namespace {
@@ -78,30 +79,27 @@ void pack_all(const Panels<T>& panels, int64_t part, int64_t parts, Sum<T>* pack
 }
 
 // Each part takes whole panels: nothing is shared, and a panel is still in cache when it is used.
-template <typename T, typename Index>
-void product_by_panels(const Panels<T>& panels, const MaskedProduct<T, Index>& p, int64_t parts) {
-  const IndexedKernels<T, Index>& kernel = panels.kernel;
+template <typename T, class Rows>
+void product_by_panels(const Panels<T>& panels, const Rows& rows, int64_t parts) {
   const int64_t line = 64 / sizeof(Sum<T>), stride = (panels.largest() + line - 1) / line * line;
   const auto scratch = make_scratch<Sum<T>>(parts * stride);
   for_each_part(parts, [&](int64_t part) {
     Sum<T>* const packed = scratch.get() + part * stride;
     const Range mine = equal_share(panels.count(), part, parts);
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-      panels.pack(panel, {0, p.in_features}, packed);
-      kernel.product(p, panels.data(panel, packed), panels.rows(panel), {0, p.out_features});
+      panels.pack(panel, {0, panels.features}, packed);
+      rows.multiply(part, true, panels.data(panel, packed), panels.rows(panel));
     }
   });
 }
 
-template <typename T, typename Index>
-void product_by_rows(const Panels<T>& panels, const MaskedProduct<T, Index>& p, int64_t parts) {
-  const IndexedKernels<T, Index>& kernel = panels.kernel;
+template <typename T, class Rows>
+void product_by_rows(const Panels<T>& panels, const Rows& rows, int64_t parts) {
   const auto packed = make_scratch<Sum<T>>(panels.size());
   if (panels.size() > 0) for_each_part(parts, [&](int64_t part) { pack_all(panels, part, parts, packed.get()); });
   for_each_part(parts, [&](int64_t part) {
-    const Range rows = balanced_rows(p.ptr, p.out_features, 1, part, parts);
     for (int64_t panel = 0; panel < panels.count(); ++panel)
-      kernel.product(p, panels.data(panel, packed.get() + panels.offset(panel)), panels.rows(panel), rows);
+      rows.multiply(part, false, panels.data(panel, packed.get() + panels.offset(panel)), panels.rows(panel));
   });
 }
 
@@ -111,10 +109,17 @@ constexpr int64_t kGathered = 4;
 
 template <typename T, typename Index>
 void run_product(const Panels<T>& panels, const MaskedProduct<T, Index>& p) {
+  const IndexedKernels<T, Index>& kernel = panels.kernel;
   const int64_t work = p.batch * (p.ptr[p.out_features] + p.out_features);
   const int64_t parts = parts_for(p.batch == 1 ? kGathered * work : work);
   const bool even = p.batch % (panels.panel_rows * parts) == 0 || panels.count() >= 4 * parts;
-  even ? product_by_panels(panels, p, parts) : product_by_rows(panels, p, parts);
+  const auto run = [&](const auto& rows) {
+    even ? product_by_panels(panels, rows, parts) : product_by_rows(panels, rows, parts);
+  };
+  if (const int64_t columns = block_columns(p))
+    run(BlockedRows<T, Index>(kernel, p, panels.panel_rows, columns, parts));
+  else
+    run(PlainRows<T, Index>{kernel, p, parts});
 }
 
 // A row as wide as its sums, where it is not so already.

@@ -3,6 +3,7 @@
 //
 // product:  the output of one weight row over a panel stays in registers over the row's non-zeros; L rows make a tile
 //           that is transposed back to [batch, outputs].
+// blocked:  the product of wide inputs, whose panel is too large for the first-level cache.
 // sampled:  one panel row of a stays in registers over the row's non-zeros; L of them are summed across lanes at once.
 //
 // Half precision is widened when it is packed, and sums are rounded once, when they are stored: what lies between is
@@ -11,7 +12,7 @@
 #pragma once
 
 #include "../panels.h"
-#include "table.h"
+#include "column_blocks.h"
 
 namespace {
 
@@ -76,26 +77,36 @@ void pack(const T* x, int64_t stride, int64_t rows, Range features, Sum<T>* pane
   });
 }
 
-// out[0 .. R L) = start + sum over the row's non-zeros of value * panel row. Several at a time hide the FMA's latency.
-template <typename T, int L, int R, typename Index>
-COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const Index* idx, int64_t count, T start, T* out) {
+// sum[0 .. R) += value * panel row over the entries, in `Ahead` sums that hide the latency of the FMA.
+template <typename T, int L, int R, int Ahead, typename Index>
+COMPSPARSE_INLINE void add_entries(const T* panel, const T* values, const Index* idx, int64_t count,
+                                   Vec<T, L> (&sum)[R]) {
   constexpr int64_t Width = L * R;
-  constexpr int Ahead = R < 4 ? 4 : 2;
-  Vec<T, L> sum[Ahead][R] = {};
-  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += start;
+  Vec<T, L> sums[Ahead][R] = {};
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sums[0][r] = sum[r];
   int64_t p = 0;
   for (; p + Ahead <= count; p += Ahead) COMPSPARSE_UNROLL for (int k = 0; k < Ahead; ++k) {
       const T* row = panel + int64_t{idx[p + k]} * Width;
-      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += load<T, L>(row + r * L) * values[p + k];
+      COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sums[k][r] += load<T, L>(row + r * L) * values[p + k];
     }
   for (; p < count; ++p) {
     const T* row = panel + int64_t{idx[p]} * Width;
-    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[0][r] += load<T, L>(row + r * L) * values[p];
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sums[0][r] += load<T, L>(row + r * L) * values[p];
   }
   COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) {
-    COMPSPARSE_UNROLL for (int k = 1; k < Ahead; ++k) sum[0][r] += sum[k][r];
-    store<T, L>(out + r * L, sum[0][r]);
+    COMPSPARSE_UNROLL for (int k = 1; k < Ahead; ++k) sums[0][r] += sums[k][r];
+    sum[r] = sums[0][r];
   }
+}
+
+// out[0 .. R L) = start + sum over the row's non-zeros of value * panel row.
+template <typename T, int L, int R, typename Index>
+COMPSPARSE_INLINE void sum_row(const T* panel, const T* values, const Index* idx, int64_t count, T start, T* out) {
+  constexpr int Ahead = R < 4 ? 4 : 2;
+  Vec<T, L> sum[R] = {};
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[r] += start;
+  add_entries<T, L, R, Ahead>(panel, values, idx, count, sum);
+  COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<T, L>(out + r * L, sum[r]);
 }
 
 template <typename T, int L, int R, typename Index>
@@ -108,6 +119,35 @@ void product_panel(const MaskedProduct<T, Index>& p, const Sum<T>* panel, Range 
                             p.bias ? p.bias[r] : Sum<T>(0), tile + (r - row) * L * R);
     unpack_tile<T, L>(tile, L * R, batch.end - batch.begin, end - row, p.out_features,
                       p.y + batch.begin * p.out_features + row);
+  }
+}
+
+// The same, a block of columns at a time: its part of the panel stays in the first-level cache while all rows read it,
+// and their sums wait in memory.
+template <typename T, int L, int R, typename Index>
+void product_panel_blocked(const MaskedProduct<T, Index>& p, const ColumnBlocks<Sum<T>, Index>& blocks,
+                           const Sum<T>* panel, Range batch, Sum<T>* sums) {
+  using S = Sum<T>;
+  constexpr int64_t Width = L * R;
+  const int64_t rows = blocks.rows.end - blocks.rows.begin;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Vec<S, L> start = Vec<S, L>{} + (p.bias ? p.bias[blocks.rows.begin + row] : S(0));
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<S, L>(sums + row * Width + r * L, start);
+  }
+  const S* values = blocks.values;
+  const Index* idx = blocks.idx;
+  for (const Segment *s = blocks.segments, *end = s + blocks.count * rows; s < end; ++s) {
+    S* const out = sums + s->row * Width;
+    Vec<S, L> sum[R];
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) sum[r] = load<S, L>(out + r * L);
+    add_entries<S, L, R, R == 1 ? 4 : 2>(panel, values, idx, s->count, sum);
+    COMPSPARSE_UNROLL for (int r = 0; r < R; ++r) store<S, L>(out + r * L, sum[r]);
+    values += s->count, idx += s->count;
+  }
+  for (int64_t row = blocks.rows.begin, next; row < blocks.rows.end; row = next) {
+    next = min64(round_up(row + 1, L), blocks.rows.end);
+    unpack_tile<T, L>(sums + (row - blocks.rows.begin) * Width, Width, batch.end - batch.begin, next - row,
+                      p.out_features, p.y + batch.begin * p.out_features + row);
   }
 }
 
@@ -167,6 +207,15 @@ void product(const MaskedProduct<T, Index>& p, const Sum<T>* panel, Range batch,
                                              [&]<int L, int R>() { product_panel<T, L, R>(p, panel, batch, rows); });
 }
 
+template <typename T, class Target, typename Index>
+void product_blocked(const MaskedProduct<T, Index>& p, const ColumnBlocks<Sum<T>, Index>& blocks, const Sum<T>* panel,
+                     Range batch, Sum<T>* sums) {
+  const int64_t width = panel_width<Target>(batch.end - batch.begin);
+  if (width == 1) return product<T, Target>(p, panel, batch, blocks.rows);
+  with_width<Target, Target::ProductVectors>(
+      width, [&]<int L, int R>() { product_panel_blocked<T, L, R>(p, blocks, panel, batch, sums); });
+}
+
 template <typename T, int L, int R, typename Index>
 void sampled_panel(const SampledSums<T, Index>& s, const T* a_panel, const T* b_panel, bool add, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -201,7 +250,8 @@ void sampled(const SampledSums<T, Index>& s, const T* a_panel, const T* b_panel,
 
 template <typename T, class Target, typename Index>
 constexpr IndexedKernels<T, Index> indexed_kernels() {
-  return {product<T, Target, Index>, sampled<Sum<T>, Target, Index>};
+  return {product<T, Target, Index>, cut_rows<T, Target::MaxLanes, Index>, product_blocked<T, Target, Index>,
+          sampled<Sum<T>, Target, Index>};
 }
 
 template <typename T, class Target>

@@ -21,6 +21,27 @@ struct MaskedProduct {
   int64_t out_features;
 };
 
+// Some entries of a row: those in one block of columns.
+struct Segment {
+  int32_t row;
+  int32_t count;
+};
+
+// The entries of `rows` again, block of columns by block of columns, and in each the rows by how many they have there.
+template <typename S, typename Index>
+struct ColumnBlocks {
+  Range rows;
+  int64_t columns;    // of a block
+  int64_t count;      // of blocks
+  S* values;          // [entries of rows] and a vector
+  Index* idx;         // [entries of rows] and a vector
+  Segment* segments;  // [count][rows], `row` counted from rows.begin
+  // Used while these are made:
+  int64_t* next;    // [rows]
+  int32_t* counts;  // [count][rows]
+  int32_t* places;  // [count][columns + 1]
+};
+
 // sums[p] = sum over n of a[n, r] b[n, idx[p]], for the entries p of each row r.
 template <typename S, typename Index>
 struct SampledSums {
@@ -36,6 +57,10 @@ template <typename T, typename Index>
 struct IndexedKernels {
   // Outputs `rows` of the batch rows that the panel holds.
   void (*product)(const MaskedProduct<T, Index>&, const Sum<T>* panel, Range batch, Range rows);
+  // Makes blocks of columns, and multiplies a panel by their rows. `sums` holds a panel of as many rows and a vector.
+  void (*cut)(const MaskedProduct<T, Index>&, const ColumnBlocks<Sum<T>, Index>&);
+  void (*product_blocked)(const MaskedProduct<T, Index>&, const ColumnBlocks<Sum<T>, Index>&, const Sum<T>* panel,
+                          Range batch, Sum<T>* sums);
   // One panel's share of the sums: stored, or added to what is there.
   void (*sampled)(const SampledSums<Sum<T>, Index>&, const Sum<T>* a_panel, const Sum<T>* b_panel, int64_t batch_rows,
                   bool add, Range rows);
