@@ -22,7 +22,7 @@ namespace {
 using namespace compsparse;
 
 constexpr double kDenseGradients = 0.35;  // share of places from which on tiles are faster
-constexpr double kBlocksFrom = 0.03;      // and from which on keys meet enough rows at a time
+constexpr double kBlocksFrom = 0.08;      // and from which on keys meet enough rows at a time
 constexpr int64_t kRowsTogether = 64, kKeysTogether = 64;
 
 // Gradients of the weights of a row -> those of its scores, in place; returns that of its cut.
@@ -199,11 +199,53 @@ void add_rows(const T* x, int64_t stride, int64_t width, uint64_t rows, const T*
     add_rows<T, L / 2, 1>(x + d, stride, width - d, rows, weights, to + d);
 }
 
-// The part of the support in some rows and some keys, key by key: which rows have an entry, and what it holds, else 0.
+// What some keys of a block get of its rows: sums [keys, width] of x [rows, width] with weights [keys, kRowsTogether].
+template <typename T>
+struct BlockSums {
+  const T* weights;
+  const T* x;
+  int64_t x_stride, width;
+  T* sums;
+  int64_t stride;
+};
+
+// Both sums of a key, as far as both are wide: rows are found once, and the additions of one wait for no other.
+template <typename T, int L, int C>
+COMPSPARSE_INLINE void add_rows_of_both(const BlockSums<T>& a, const BlockSums<T>& b, int64_t key, uint64_t rows,
+                                        int64_t d) {
+  const T *a_weights = a.weights + key * kRowsTogether, *b_weights = b.weights + key * kRowsTogether;
+  Vec<T, L> a_sum[C] = {}, b_sum[C] = {};
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctzll(rows);
+    COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) {
+      a_sum[c] += load<T, L>(a.x + r * a.x_stride + d + c * L) * a_weights[r];
+      b_sum[c] += load<T, L>(b.x + r * b.x_stride + d + c * L) * b_weights[r];
+    }
+  }
+  T *a_to = a.sums + key * a.stride + d, *b_to = b.sums + key * b.stride + d;
+  COMPSPARSE_UNROLL for (int c = 0; c < C; ++c) {
+    store<T, L>(a_to + c * L, load<T, L>(a_to + c * L) + a_sum[c]);
+    store<T, L>(b_to + c * L, load<T, L>(b_to + c * L) + b_sum[c]);
+  }
+}
+
+template <typename T, int L, int C>
+void add_rows_of_key(const BlockSums<T>& a, const BlockSums<T>& b, int64_t key, uint64_t rows) {
+  int64_t d = 0;
+  for (; d + C * L <= min64(a.width, b.width); d += C * L) add_rows_of_both<T, L, C>(a, b, key, rows, d);
+  const auto add_rest = [&](const BlockSums<T>& each) {
+    add_rows<T, L, C>(each.x + d, each.x_stride, each.width - d, rows, each.weights + key * kRowsTogether,
+                      each.sums + key * each.stride + d);
+  };
+  add_rest(a);
+  add_rest(b);
+}
+
+// The part of the support in some rows and some keys, key by key: which rows have an entry, and what it holds.
 template <typename T>
 struct Block {
   int64_t rows, first, last;  // number of rows; keys [first, last)
-  int64_t entries;
+  bool dense;                 // then what has no entry holds 0
   uint64_t who[kKeysTogether];
   T* shares;       // [kKeysTogether, kRowsTogether]
   T* score_grads;  // the same
@@ -214,8 +256,8 @@ template <typename T>
 void transpose(const AttentionGradient<T>& g, const int64_t* row_ends, int64_t* cursors, Block<T>& block) {
   const int64_t keys = block.last - block.first;
   for (int64_t j = 0; j < keys; ++j) block.who[j] = 0;
-  for (int64_t i = 0; i < keys * kRowsTogether; ++i) block.shares[i] = block.score_grads[i] = 0;
-  block.entries = 0;
+  if (block.dense)
+    for (int64_t i = 0; i < keys * kRowsTogether; ++i) block.shares[i] = block.score_grads[i] = 0;
   for (int64_t r = 0; r < block.rows; ++r) {
     int64_t e = cursors[r];
     for (; e < row_ends[r] && g.col_idx[e] < block.last; ++e) {
@@ -224,21 +266,25 @@ void transpose(const AttentionGradient<T>& g, const int64_t* row_ends, int64_t* 
       block.shares[key * kRowsTogether + r] = g.shares[e];
       block.score_grads[key * kRowsTogether + r] = g.score_grad[e];
     }
-    block.entries += e - cursors[r];
     cursors[r] = e;
   }
 }
 
 template <typename T, class Target>
-void add_block(const AttentionGradient<T>& g, const Block<T>& block, const T* weights, const T* x, int64_t x_stride,
-               int64_t width, T* sums, int64_t stride) {
+void add_block(const Block<T>& block, const BlockSums<T>& a, const BlockSums<T>& b) {
+  constexpr int L = Target::Lanes;
   const int64_t keys = block.last - block.first;
-  if (is_dense(g, block.entries, keys * block.rows))
-    return add_products<T, Target::Lanes, Target::Vectors, Target::Rows>(weights, kRowsTogether, keys, block.rows, x,
-                                                                         x_stride, width, sums, stride);
+  if (block.dense) {
+    const auto add_all = [&](const BlockSums<T>& each) {
+      add_products<T, L, Target::Vectors, Target::Rows>(each.weights, kRowsTogether, keys, block.rows, each.x,
+                                                        each.x_stride, each.width, each.sums, each.stride);
+    };
+    add_all(a);
+    add_all(b);
+    return;
+  }
   for (int64_t j = 0; j < keys; ++j)
-    if (block.who[j])
-      add_rows<T, Target::Lanes, 4>(x, x_stride, width, block.who[j], weights + j * kRowsTogether, sums + j * stride);
+    if (block.who[j]) add_rows_of_key<T, L, 4>(a, b, j, block.who[j]);
 }
 
 // The same sums for both gradients, a block of rows and keys after the other: what is added and what it is added to
@@ -255,15 +301,18 @@ void sum_by_blocks(const AttentionGradient<T>& g, int64_t b, int64_t kv_head, Ra
     for (int64_t begin = 0; begin < queries; begin += kRowsTogether) {
       block.rows = min64(kRowsTogether, queries - begin);
       const int64_t* ptr = g.row_ptr + (b * g.size.heads + h) * queries + begin;
+      block.dense = is_dense(g, ptr[block.rows] - ptr[0], block.rows * g.size.keys);
+      const Heads<const T>&grad = g.grad, &query = g.query;
       int64_t cursors[kRowsTogether];
       for (int64_t r = 0; r < block.rows; ++r) cursors[r] = first_from(g.col_idx, ptr[r], ptr[r + 1], keys.begin);
       for (block.first = keys.begin; block.first < keys.end; block.first = block.last) {
         block.last = min64(block.first + kKeysTogether, keys.end);
         transpose(g, ptr + 1, cursors, block);
-        add_block<T, Target>(g, block, block.shares, g.grad.head(b, h) + begin * g.grad.stride, g.grad.stride,
-                             g.size.value_width, value_grad + block.first * g.value_grad.stride, g.value_grad.stride);
-        add_block<T, Target>(g, block, block.score_grads, g.query.head(b, h) + begin * g.query.stride, g.query.stride,
-                             g.size.width, key_grad + block.first * g.key_grad.stride, g.key_grad.stride);
+        add_block<T, Target>(block,
+                             {block.shares, grad.head(b, h) + begin * grad.stride, grad.stride, g.size.value_width,
+                              value_grad + block.first * g.value_grad.stride, g.value_grad.stride},
+                             {block.score_grads, query.head(b, h) + begin * query.stride, query.stride, g.size.width,
+                              key_grad + block.first * g.key_grad.stride, g.key_grad.stride});
       }
     }
   for (int64_t j = keys.begin; j < keys.end; ++j)
