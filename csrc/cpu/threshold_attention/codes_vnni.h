@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int kIndexLanes = 16, kIndexRows = 6;
-constexpr double kMostByIndex = 0.5;
+constexpr double kMostByIndex = 0.2;
 
 inline float query_step(const float* query, int64_t width) {
   return largest_size<kIndexLanes>(query, width) / float(kLargestCode);

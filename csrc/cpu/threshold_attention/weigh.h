@@ -96,9 +96,16 @@ RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
   return {log_sum, 1 / sum, sum};
 }
 
+// Is some score no number?
+template <typename T>
+bool any_undefined(const T* scores, int64_t count) {
+  for (int64_t e = 0; e < count; ++e)
+    if (scores[e] != scores[e]) return true;
+  return false;
+}
+
 template <typename T, int L>
-RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
-  if (!(top > -__builtin_inf())) top = 0;  // nothing is kept, or what is no number
+RowSums<T> weigh_by(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
   switch (a.weighting) {
     case Weighting::rectified:
       return rectified<T, L>(q, scores, count, top);
@@ -107,6 +114,16 @@ RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64
     default:
       return softmax<T, L>(scores, count, top);
   }
+}
+
+template <typename T, int L>
+RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64_t count, T top) {
+  const T infinity = __builtin_inf();
+  if (!(top > -infinity)) top = 0;  // nothing is kept, or what is no number
+  const bool infinite = top == infinity && !any_undefined(scores, count);
+  RowSums<T> sums = weigh_by<T, L>(a, q, scores, count, top);
+  if (infinite) sums.log_sum = infinity;
+  return sums;
 }
 
 }  // namespace
