@@ -346,6 +346,23 @@ def test_gradients_that_are_not_finite(odd, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("odd", ["nan", "inf", "overflow"])
+def test_undefined_scores_show_where_the_stored_support_shows_them(odd, dtype):
+    """Finite inputs may have them: by their bias, or where a product is too large."""
+    tensors, bias = many_kept(1, 2, 60, 210, 16, dtype=dtype), torch.zeros(60, 210, dtype=dtype)
+    if odd == "overflow":
+        tensors[0][0, 1, 50], tensors[1][0, 1, 7] = torch.finfo(dtype).max / 4, 2.0
+    else:
+        bias[50, 7] = float(odd)
+    ours = train(tensors, bias, **KEEP)
+    stored = train(tensors, bias, way="Threshold", return_support=True, **KEEP)
+    assert not ours[0][0, 1, 50].isfinite().any()
+    for mine, expected in zip(ours, stored, strict=True):
+        torch.testing.assert_close(mine, expected, equal_nan=True)
+    assert 0 < ours[3].isfinite().sum() < ours[3].numel()
+
+
+@every_dtype
 @pytest.mark.parametrize(
     "sizes", [(2, 4, 150, 700, 32, 24, 2), (1, 1, 200, 1700, 32, 24, 1), (1, 3, 100, 3100, 8, 8, 1)]
 )
