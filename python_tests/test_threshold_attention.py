@@ -383,6 +383,7 @@ sys.path[:0] = [".", "python_tests"]
 import test_threshold_attention as tests
 import test_threshold_attention_halves as halves
 import test_threshold_attention_options as options
+import test_threshold_attention_recompute as recompute
 import test_threshold_attention_rules as rules
 from compsparse_kernels.ops.backends import cpu_isa
 from python_tests.attention import CHOICES, LEARNABLE
@@ -393,6 +394,11 @@ for dtype in tests.DTYPES:
     tests.test_bitwise_equal_for_any_number_of_threads(dtype)
     tests.test_equal_keys_are_kept_or_dropped_together(dtype, 0.3)
     tests.test_float_bias((4, 1, 40), dtype)
+    for width in (20, 67):
+        recompute.test_widths(width, dtype)
+    recompute.test_bits_are_the_support({"is_causal": True}, "own", dtype)
+    recompute.test_bitwise_equal_for_any_number_of_threads((1, 1, 200, 1700, 32, 24, 1), dtype)
+    recompute.test_gradients_that_are_not_finite(float("inf"), dtype)
 for rule in ("relative", "absolute"):
     tests.test_undefined_scores_show(rule, 20)
 tests.test_scores_next_to_the_threshold_are_decided_exactly(1e-6)

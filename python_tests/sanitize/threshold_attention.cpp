@@ -1,4 +1,5 @@
-// threshold_attention's tables: the forward in all its ways and the backward in both of its, against plain loops.
+// threshold_attention's tables: the forward in all its ways, the backward in both of its, and those without a
+// support, against plain loops.
 #include "threshold_attention_exact.h"
 
 namespace {
@@ -35,21 +36,39 @@ struct Packed {
   Buffer<double> norms;
 };
 
+// Of one block of queries.
+template <typename T>
+struct BlockScratch {
+  BlockScratch(const AttentionKernels<T>& kernel, const AttentionSizes& s)
+      : capacity(round_up(s.keys, kernel.panel_keys) + kernel.slack),
+        scaled(Buffer<T>::unwritten(kernel.block_queries * s.width)),
+        scores(Buffer<T>::unwritten(kernel.block_queries * kernel.score_stride)),
+        weights(Buffer<T>::unwritten(kernel.block_queries * capacity)),
+        spare(Buffer<T>::unwritten(2 * capacity)),
+        log_sums(Buffer<T>::unwritten(kernel.block_queries)),
+        slopes(Buffer<T>::unwritten(kernel.block_queries)),
+        codes(kernel.block_queries * round_up(s.width, 4)),
+        counts(kernel.block_queries),
+        columns(kernel.block_queries * capacity) {}
+
+  AttentionScratch<T> of(bool with_support) const {
+    return {scaled.data(), codes.data(),    scores.data(), counts.data(), columns.data(), weights.data(),
+            spare.data(),  log_sums.data(), slopes.data(), capacity,      with_support};
+  }
+
+  int64_t capacity;
+  Buffer<T> scaled, scores, weights, spare, log_sums, slopes;
+  Buffer<int8_t> codes;
+  Buffer<int64_t> counts;
+  Buffer<int32_t> columns;
+};
+
 // One block of queries on scratch of its own; false where the index has left it undone.
 template <typename T>
 bool run_block(const AttentionKernels<T>& kernel, const Attention<T>& a, int64_t head, Range queries, bool with_support,
                Support<T>& support) {
-  const int64_t block = kernel.block_queries, capacity = round_up(a.size.keys, kernel.panel_keys) + kernel.slack;
-  const auto scaled = Buffer<T>::unwritten(block * a.size.width),
-             scores = Buffer<T>::unwritten(block * kernel.score_stride),
-             weights = Buffer<T>::unwritten(block * capacity), spare = Buffer<T>::unwritten(2 * capacity),
-             log_sums = Buffer<T>::unwritten(block), slopes = Buffer<T>::unwritten(block);
-  const Buffer<int8_t> codes(block * round_up(a.size.width, 4));
-  const Buffer<int64_t> counts(block);
-  const Buffer<int32_t> columns(block * capacity);
-  const AttentionScratch<T> scratch = {scaled.data(),  codes.data(),   scores.data(), counts.data(),
-                                       columns.data(), weights.data(), spare.data(),  log_sums.data(),
-                                       slopes.data(),  capacity,       with_support};
+  const BlockScratch<T> buffers(kernel, a.size);
+  const AttentionScratch<T> scratch = buffers.of(with_support);
   const int64_t b = head / a.size.heads, h = head % a.size.heads;
   const double share = kernel.head_share(a, b, h, scratch);
   if (!(share >= 0 && share <= 1)) {
@@ -60,12 +79,12 @@ bool run_block(const AttentionKernels<T>& kernel, const Attention<T>& a, int64_t
   if (!a.index) kernel.forward(a, b, h, queries, scratch);
   if (!with_support) return true;
   for (int64_t r = 0; r < queries.end - queries.begin; ++r) {
-    const int64_t first = r * capacity, last = first + counts[r];
-    support.columns.insert(support.columns.end(), columns.data() + first, columns.data() + last);
-    support.weights.insert(support.weights.end(), weights.data() + first, weights.data() + last);
+    const int64_t first = r * scratch.row_capacity, last = first + scratch.counts[r];
+    support.columns.insert(support.columns.end(), scratch.columns + first, scratch.columns + last);
+    support.weights.insert(support.weights.end(), scratch.weights + first, scratch.weights + last);
     support.ptr.push_back(int64_t(support.columns.size()));
-    support.log_sums.push_back(log_sums[r]);
-    support.slopes.push_back(slopes[r]);
+    support.log_sums.push_back(scratch.log_sums[r]);
+    support.slopes.push_back(scratch.slopes[r]);
   }
   return true;
 }
@@ -219,6 +238,109 @@ void run_backward(const AttentionKernels<T>& kernel, const AttentionGradient<T>&
     }
 }
 
+// What takes the place of a support, on numbers that are finite.
+template <typename T>
+struct Bits {
+  Bits(const AttentionSizes& s, int64_t rows)
+      : row_words(round_up(s.keys, 64) / 64),
+        words(Buffer<uint64_t>(rows * row_words)),
+        tops(Buffer<T>::unwritten(rows)),
+        inverses(Buffer<T>::unwritten(rows)),
+        out(Buffer<T>::unwritten(rows * s.value_width)) {
+    for (int64_t w = 0; w < words.size(); ++w) words[w] = ~uint64_t{0};
+  }
+
+  KeptBits<T> of() const { return {words.data(), row_words, tops.data(), inverses.data()}; }
+  bool kept(int64_t row, int64_t key) const { return words[row * row_words + key / 64] >> (key % 64) & 1; }
+
+  int64_t row_words;
+  Buffer<uint64_t> words;
+  Buffer<T> tops, inverses, out;
+};
+
+template <typename T>
+void run_forward_bits(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, const Bits<T>& bits) {
+  const AttentionSizes& s = inputs.shape.size;
+  const Packed<T> packed(kernel, s, inputs.keys(), s.width, true);
+  Buffer<uint8_t> finite(s.batch * s.kv_heads);
+  for (int64_t head = 0; head < finite.size(); ++head) finite[head] = 1;
+  Attention<T> a = inputs.attention(bits.out);
+  a.packed_keys = packed.panels.data(), a.norms = packed.norms.data(), a.finite_values = finite.data();
+  for (int64_t head = 0; head < s.batch * s.heads; ++head)
+    for (int64_t begin = 0; begin < s.queries; begin += kernel.block_queries) {
+      const BlockScratch<T> scratch(kernel, s);
+      kernel.forward_bits(a, bits.of(), head / s.heads, head % s.heads,
+                          block_at(begin, kernel.block_queries, s.queries), scratch.of(false));
+    }
+}
+
+template <typename T>
+void check_forward_bits(const Inputs<T>& inputs, const Bits<T>& bits) {
+  const Exact exact = exact_forward(inputs.attention(bits.out));
+  const std::string name = inputs.name() + "; bits";
+  const int64_t keys = inputs.shape.size.keys, rows = int64_t(exact.slopes.size());
+  bool same = true;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t key = 0; key < bits.row_words * 64; ++key)
+      same &= bits.kept(row, key) == (key < keys && exact.kept[row * keys + key]);
+  sanitize::expect_equal(bits.out.data(), exact.out.data(), bits.out.size(), "out " + name);
+  if (same) return;
+  fprintf(stderr, "%s: not the exact support\n", name.c_str());
+  ++sanitize::mismatches();
+}
+
+// `range` keys at a time; the gradients of the queries of all ranges are added up.
+template <typename T>
+std::vector<T> run_backward_bits(const AttentionKernels<T>& kernel, BitsGradient<T> g, int64_t query_numbers,
+                                 int64_t range) {
+  const AttentionSizes& s = g.of.size;
+  std::vector<T> query_grad(query_numbers);
+  for (int64_t first = 0; first == 0 || first < s.keys; first += range) {
+    const auto part = Buffer<T>::unwritten(query_numbers);
+    g.query_grad.data = part.data();
+    for (int64_t head = 0; head < s.batch * s.kv_heads; ++head) {
+      const auto queries = Buffer<T>::unwritten(recompute_queries * s.width),
+                 grads = Buffer<T>::unwritten(recompute_queries * s.value_width),
+                 weights = Buffer<T>::unwritten(recompute_queries * recompute_keys),
+                 score_grads = Buffer<T>::unwritten(recompute_queries * recompute_keys),
+                 packed_keys = Buffer<T>::unwritten(recompute_keys * s.width),
+                 packed_values = Buffer<T>::unwritten(recompute_keys * s.value_width);
+      kernel.backward_bits(
+          g, head / s.kv_heads, head % s.kv_heads, block_at(first, range, s.keys),
+          {queries.data(), grads.data(), weights.data(), score_grads.data(), packed_keys.data(), packed_values.data()});
+    }
+    for (int64_t e = 0; e < query_numbers; ++e) query_grad[e] += part[e];
+  }
+  return query_grad;
+}
+
+// Against the gradients that `like` has of the same support. Keys of 1e18 make 0 of a row with one key a number: what
+// is computed again and again from the rounded output is not exact there.
+template <typename T>
+void check_bits(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, const AttentionGradient<T>& like,
+                const ExactGradient& exact) {
+  const AttentionSizes& s = like.size;
+  const bool has_cut = like.rule == Rule::relative || like.rule == Rule::absolute;
+  if (!has_cut || like.weighting != Weighting::softmax || like.dropout > 0) return;
+  const Bits<T> bits(s, s.batch * s.heads * s.queries);
+  run_forward_bits(kernel, inputs, bits);
+  check_forward_bits(inputs, bits);
+  if (inputs.shape.factor > 1) return;
+  for (const int64_t range : {recompute_keys, 2 * recompute_keys, int64_t{1} << 40}) {
+    const Gradients<T> to(s, 0, false);
+    BitsGradient<T> g = {inputs.attention(bits.out), bits.of()};
+    g.out = heads<const T>(bits.out.data(), s.heads, s.queries, s.value_width, inputs.shape.tokens_first);
+    g.grad = like.grad;
+    g.query_grad = like.query_grad, g.key_grad = like.key_grad, g.value_grad = like.value_grad;
+    g.key_grad.data = to.key.data(), g.value_grad.data = to.value.data();
+    const std::vector<T> query_grad = run_backward_bits(kernel, g, to.query.size(), range);
+    const std::string name = inputs.name() + "; bits";
+    sanitize::expect_equal(query_grad.data(), exact.query_grad.data(), to.query.size(), "query_grad " + name);
+    sanitize::expect_equal(to.key.data(), exact.key_grad.data(), to.key.size(), "key_grad " + name);
+    sanitize::expect_equal(to.value.data(), exact.value_grad.data(), to.value.size(), "value_grad " + name);
+  }
+}
+
 template <typename T>
 void check_backward(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, const Support<T>& support,
                     std::mt19937& generator) {
@@ -256,6 +378,7 @@ void check_backward(const AttentionKernels<T>& kernel, const Inputs<T>& inputs, 
     sanitize::expect_equal(to.key.data(), exact.key_grad.data(), to.key.size(), "key_grad " + name);
     sanitize::expect_equal(to.value.data(), exact.value_grad.data(), to.value.size(), "value_grad " + name);
     sanitize::expect_equal(to.dropped.data(), exact.shares.data(), to.dropped.size(), "dropped " + name);
+    if (dense) check_bits(kernel, inputs, g, exact);
   }
 }
 

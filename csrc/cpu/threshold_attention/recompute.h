@@ -68,9 +68,9 @@ void block_weights(const BitsGradient<T>& g, const BitsBlock<T>& block, const Bi
     const uint64_t* words = g.bits.words + row * g.bits.row_words;
     if (a.bias || a.alibi_slopes) apply_bias(a, states[r], block.keys.begin, 0, block.count(), weights);
     for (int64_t j = 0; j < block.count(); j += L) {
-      const uint32_t bits = bits_of<L>(words, block.keys.begin + j);
-      const Vec<T, L> scores = keep_lanes<T, L>(load<T, L>(weights + j), bits, T(-__builtin_inf()));
-      store<T, L>(weights + j, exp_of_negative<T, L>(scores - g.bits.tops[row]) * g.bits.inverses[row]);
+      // Masked last: the inverse of a row with an undefined score is no number, and its other keys have weight 0.
+      const Vec<T, L> weight = exp_of_negative<T, L>(load<T, L>(weights + j) - g.bits.tops[row]) * g.bits.inverses[row];
+      store<T, L>(weights + j, keep_lanes<T, L>(weight, bits_of<L>(words, block.keys.begin + j), T(0)));
     }
   }
 }
@@ -108,12 +108,14 @@ void block_score_grads(const BitsGradient<T>& g, const BitsBlock<T>& block, cons
     T *row_grad = scratch.grads + r * width, *grads = scratch.score_grads + r * recompute_keys;
     const T* weights = scratch.weights + r * recompute_keys;
     const uint64_t* words = g.bits.words + block.row(g.of, r) * g.bits.row_words;
-    const T center = dot<T, L>(row_grad, out + r * g.out.stride, width);
+    const bool finite = is_finite(row_grad, width);
+    // A sum over keys of products that are not finite is no number, though that of dO and o may be infinite.
+    const T center = finite ? dot<T, L>(row_grad, out + r * g.out.stride, width) : T(__builtin_nan(""));
     for (int64_t j = 0; j < block.count(); j += L) {
       const Vec<T, L> of_score = load<T, L>(weights + j) * (load<T, L>(grads + j) - center) * T(g.of.scale);
       store<T, L>(grads + j, keep_lanes<T, L>(of_score, bits_of<L>(words, block.keys.begin + j), T(0)));
     }
-    if (!is_finite(row_grad, width)) add_apart(g, block, r, row_grad, weights);
+    if (!finite) add_apart(g, block, r, row_grad, weights);
   }
 }
 
