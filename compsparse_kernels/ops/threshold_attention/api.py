@@ -66,10 +66,10 @@ def threshold_attention(
 
     The support is exact: that of exact arithmetic on the given numbers, but for scores within rounding of the threshold
     in double precision; keys with equal scores are kept or dropped together. On the CPU an 8-bit screen with a proven
-    error bound finds the candidates (AVX512-VNNI; elsewhere scores in working precision do); what follows, the backward
-    and memory cost the survivors only. Where many keys survive dense tiles take over, about as fast as
-    ``F.scaled_dot_product_attention``: from about 30 % on training in float32 or float64 (softmax over the rules relative
-    and absolute, no dropout, no stored support) keeps a bit for each key and computes scores again.
+    error bound finds the candidates (AVX2, AVX512-VNNI; elsewhere scores in working precision do); what follows, the
+    backward and memory cost the survivors only. Where many keys survive dense tiles take over, about as fast as
+    ``F.scaled_dot_product_attention``: from about 30 % on training in float32 or float64 (softmax over the rules
+    relative and absolute, no dropout, no stored support) keeps a bit for each key and computes scores again.
 
     Args:
         query, key, value: ``[B, H, Tq, D]``, ``[B, Hkv, Tk, D]``, ``[B, Hkv, Tk, Dv]``, float32, float64, and on the

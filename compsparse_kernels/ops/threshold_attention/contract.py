@@ -7,9 +7,9 @@
                                               and of each row's cut ``[B, H, Tq]``
 ``compsparse::threshold_attention_is_dense``  is so much kept, by a look at a few queries, that training by the next two
                                               is faster? CPU kernels alone have them; elsewhere False
-``compsparse::threshold_attention_bits``      output, and what makes the weights of scores computed again: a bit for each
-                                              key kept, int64 ``[B, H, Tq, ceil(Tk / 64)]``; of each row ``[B, H, Tq]``
-                                              the largest score, and one over its sum of exp(score - largest)
+``compsparse::threshold_attention_bits``      output, and what makes the weights of scores computed again: a bit for
+                                              each key kept, int64 ``[B, H, Tq, ceil(Tk / 64)]``; of each row
+                                              ``[B, H, Tq]`` its largest score, one over its sum of exp(score - largest)
 ``compsparse::threshold_attention_bits_backward``  gradients of query, key and value
 ``compsparse::threshold_attention_index``     what the screen knows of keys ``[B, Hkv, Tk, D]``: uint8, opaque; empty
                                               where the kernels in use screen without one
