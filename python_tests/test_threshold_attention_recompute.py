@@ -1,5 +1,7 @@
 """Training where most keys are kept: a bit for each key in place of the support, and scores computed again."""
 
+import math
+
 import pytest
 import torch
 
@@ -483,3 +485,33 @@ def test_reference_calls_nothing_dense():
     arguments = op_arguments(*many_kept(1, 2, 60, 150, 16), threshold=1e-3, scale=0.25)
     assert OPS.threshold_attention_is_dense(*arguments) is True
     assert reference.threshold_attention_is_dense(*arguments) is False
+
+
+def test_what_is_kept_is_not_overestimated():
+    """Among a few keys of many the largest score is not in view: a fifth that is kept looks like a third."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 4096, 64) for _ in range(3))
+    scores = query[0, 0, ::64] @ key[0, 0].mT / 8
+    below = scores - scores.amax(-1, keepdim=True)
+    for share, dense in ((0.2, False), (0.45, True)):
+        threshold = math.exp(float(below.quantile(1 - share)))
+        assert (
+            OPS.threshold_attention_is_dense(*op_arguments(query, key, value, threshold=threshold, scale=0.125))
+            is dense
+        )
+
+
+def test_output_may_change_in_place():
+    query, key, value = (tensor.requires_grad_() for tensor in attention_inputs(1, 2, 100, 200, 16))
+    out = threshold_attention(query, key, value, threshold=0.001)
+    assert out.grad_fn.name() == "RecomputedAttentionBackward"
+    expected = torch.autograd.grad(out.sum(), (query, key, value), retain_graph=True)
+    out += 1
+    for actual, wanted in zip(torch.autograd.grad(out.sum(), (query, key, value)), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_halves_are_refused():
+    query, key, value = (tensor.bfloat16() for tensor in attention_inputs(1, 2, 100, 200, 16))
+    with pytest.raises(RuntimeError, match="query: expected float32 or float64"):
+        OPS.threshold_attention_bits(*op_arguments(query, key, value))

@@ -70,11 +70,11 @@ bool run_block(const AttentionKernels<T>& kernel, const Attention<T>& a, int64_t
   const BlockScratch<T> buffers(kernel, a.size);
   const AttentionScratch<T> scratch = buffers.of(with_support);
   const int64_t b = head / a.size.heads, h = head % a.size.heads;
-  const double share = kernel.head_share(a, b, h, scratch);
-  if (!(share >= 0 && share <= 1)) {
-    fprintf(stderr, "head_share: %g of the keys\n", share);
-    ++sanitize::mismatches();
-  }
+  for (const double share : {kernel.head_share(a, b, h, scratch), kernel.true_share(a, b, h, scratch)})
+    if (!(share >= 0 && share <= 1)) {
+      fprintf(stderr, "%g of the keys\n", share);
+      ++sanitize::mismatches();
+    }
   if (a.index && !kernel.forward_indexed(a, b, h, queries, scratch)) return false;
   if (!a.index) kernel.forward(a, b, h, queries, scratch);
   if (!with_support) return true;

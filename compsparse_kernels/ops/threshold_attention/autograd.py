@@ -65,7 +65,8 @@ class RecomputedAttention(torch.autograd.Function):
     def forward(ctx, *arguments):
         out, *kept = _bits(*arguments)
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        ctx.save_for_backward(out, *kept, *tensors)
+        # A copy of the output: a caller may change that in place, as wherever the support is stored.
+        ctx.save_for_backward(out.clone(), *kept, *tensors)
         ctx.others = [None if isinstance(argument, torch.Tensor) else (argument,) for argument in arguments]
         return out
 

@@ -31,7 +31,7 @@ bool is_dense(const AttentionKernels<T>& kernel, const Attention<T>& a) {
   const Buffers<T> buffers(kernel, size);
   double share = 0;
   for (int64_t head = 0; head < size.batch * size.heads; ++head)
-    share += kernel.head_share(a, head / size.heads, head % size.heads, buffers.scratch(false));
+    share += kernel.true_share(a, head / size.heads, head % size.heads, buffers.scratch(false));
   return share >= kRecomputeShare * double(size.batch * size.heads) &&
          all_heads_finite(a.query, size.batch, size.heads, size.queries, size.width) &&
          all_heads_finite(a.key, size.batch, size.kv_heads, size.keys, size.width) &&
@@ -75,6 +75,7 @@ void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, const KeptB
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_attention_bits(COMPSPARSE_ATTENTION_PARAMETERS) {
+  STD_TORCH_CHECK(!is_half(query), "query: expected float32 or float64");
   const Inputs inputs = inputs_of(COMPSPARSE_ATTENTION_ARGUMENTS);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   Tensor out = inputs.new_output();
@@ -149,6 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_attention_bits_backward(const Tenso
                                                                      const Tensor& kept, const Tensor& tops,
                                                                      const Tensor& inverses,
                                                                      COMPSPARSE_ATTENTION_PARAMETERS) {
+  STD_TORCH_CHECK(!is_half(query), "query: expected float32 or float64");
   const Inputs inputs = inputs_of(COMPSPARSE_ATTENTION_ARGUMENTS);
   const Tensor rows[] = {as_rows(grad), as_rows(out)};
   const auto new_like = [](const Tensor& x) { return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); };

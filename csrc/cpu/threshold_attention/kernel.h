@@ -289,6 +289,30 @@ double head_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionSc
   return seen > 0 ? double(found) / double(seen) : 0;
 }
 
+// The share of keys kept by a few queries of a head, of all those in sight: without the largest scores in view the
+// other look takes too many for kept.
+template <typename T, class Target>
+double true_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionScratch<T>& scratch) {
+  constexpr int64_t Queries = 8;
+  constexpr int L = Target::Lanes;
+  const T* keys = a.key.head(b, h / (a.size.heads / a.size.kv_heads));
+  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);  // masked keys are under it
+  T* scores = scratch.weights;
+  int64_t found = 0, seen = 0;
+  for (int64_t s = 0; s < Queries; ++s) {
+    const int64_t i = (2 * s + 1) * a.size.queries / (2 * Queries);
+    const QueryState<T> q = start_query(a, window_of(a, a.threshold), b, h, i, scratch.queries);
+    const int64_t first = q.sight.first, number = q.sight.end - first;
+    direct_scores<T, L>(scratch.queries, a.size.width, keys + first * a.key.stride, a.key.stride, number, scores);
+    const int64_t count = finish_scores<T, L>(a, q, first, number, scores);
+    const T top = largest_score<T, L>(scores, count);
+    const T least = larger_of(T((q.from_top ? double(top) : 0) + q.cut), lowest);
+    for (int64_t j = 0; j < count; j += L) found += count_bits(not_below<T, L>(load<T, L>(scores + j), least));
+    seen += count;
+  }
+  return seen > 0 ? double(found) / double(seen) : 0;
+}
+
 template <typename T, class Target>
 constexpr AttentionKernels<T> attention_kernels() {
   return {Target::PanelKeys,
@@ -299,6 +323,7 @@ constexpr AttentionKernels<T> attention_kernels() {
           forward<T, Target>,
           0,
           head_share<T, Target>,
+          true_share<T, Target>,
           nullptr,
           nullptr,
           attention_backward_rows<T, Target>,

@@ -158,6 +158,8 @@ struct AttentionKernels {
   double most_by_index;  // share of keys kept up to which the index pays
   // That share for a few queries of a head and a few keys.
   double (*head_share)(const Attention<T>&, int64_t b, int64_t h, const AttentionScratch<T>&);
+  // The same for a few queries and all keys: slower, and nearer to the truth.
+  double (*true_share)(const Attention<T>&, int64_t b, int64_t h, const AttentionScratch<T>&);
   // By the index alone; false where too many keys are candidates, and nothing is done. Null: no index here.
   bool (*forward_indexed)(const Attention<T>&, int64_t b, int64_t h, Range queries, const AttentionScratch<T>&);
   void (*pack_index)(const T* keys, int64_t stride, int64_t width, Range which, uint8_t* index);
