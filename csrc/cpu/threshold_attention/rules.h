@@ -105,25 +105,47 @@ int64_t keep_mass(const QueryState<T>& q, int32_t* columns, T* scores, int64_t c
   return filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, cut); });
 }
 
+// Sums over all scores of relu(slope (s - top) - tau)^power, power 1 or 2, and of what they lose as tau rises; the last
+// vector is filled with -inf.
+template <typename T, int L>
+struct EntmaxSums {
+  Vec<double, L / 2> values = {}, losses = {};
+
+  COMPSPARSE_INLINE void add(Vec<T, L / 2> scores, double top, double slope, double tau, bool squared) {
+    const Vec<double, L / 2> above = (__builtin_convertvector(scores, Vec<double, L / 2>) - top) * slope - tau;
+    const Vec<double, L / 2> none = {}, one = none + 1, positive = above <= 0 ? none : above;  // NaN stays
+    values += squared ? positive * positive : positive;
+    losses += squared ? positive + positive : (above <= 0 ? none : one);
+  }
+
+  void add_all(const T* scores, int64_t count, double top, double slope, double tau, bool squared) {
+    for (int64_t e = 0; e < count; e += L) {
+      const Vec<T, L> some = load<T, L>(scores + e);
+      add(lower_half<T, L>(some), top, slope, tau, squared);
+      add(upper_half<T, L>(some), top, slope, tau, squared);
+    }
+  }
+};
+
 // Scores -> weights relu((alpha - 1) s - tau)^(1 / (alpha - 1)), and the candidates for which they are positive.
 // Newton's method on the convex sum of weights, from the left, never passes tau; and it has arrived where it stands
-// still.
+// still. What a step leaves without weight has none at any later tau either.
 template <typename T, int L>
 int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t count, T& log_sum) {
-  const double slope = q.threshold - 1;
+  const double slope = q.threshold - 1, top = q.top;
   const bool sparsemax = q.threshold == 2;
   double tau = -1;
+  fill_last_vector<T, L>(scores, count);
   for (int step = 0; step < 100; ++step) {
-    double value = 0, derivative = 0;
-    for (int64_t e = 0; e < count; ++e) {
-      const double above = slope * (double(scores[e]) - double(q.top)) - tau;
-      if (above <= 0) continue;
-      value += sparsemax ? above : above * above;
-      derivative += sparsemax ? 1 : 2 * above;
-    }
-    const double next = tau + (value - 1) / derivative;
+    EntmaxSums<T, L> sums;
+    sums.add_all(scores, count, top, slope, tau, !sparsemax);
+    const double value = sum_lanes<double, L / 2>(sums.values), loss = sum_lanes<double, L / 2>(sums.losses);
+    const double next = tau + (value - 1) / loss;
     if (!(next > tau)) break;
     tau = next;
+    const double edge = top + tau / slope, rounding = sizeof(T) == 4 ? 0x1p-21 : 0x1p-49;
+    const T least = T(edge - rounding * (__builtin_fabs(edge) + __builtin_fabs(top)));
+    count = filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, least); });
   }
   int64_t kept = 0;
   double sum = 0;
