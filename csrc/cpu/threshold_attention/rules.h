@@ -54,11 +54,48 @@ T descend(T* scores, T* gains, int64_t count, double enough) {
   return reached;
 }
 
-// The kth largest of `count` scores, or the least where there are fewer.
-template <typename T>
-T kth_largest(const T* scores, int64_t count, double k, T* spare) {
+// Of the scores those for which decide(vector) has a bit set, in place; returns how many.
+template <typename T, int L, class Decide>
+int64_t keep_scores(T* scores, int64_t count, const Decide& decide) {
+  int64_t kept = 0;
+  for (int64_t e = 0; e < count; e += L) {
+    const Vec<T, L> some = load<T, L>(scores + e);
+    kept += compress<T, L>(some, decide(some) & lanes_there<L>(count - e), scores + kept);
+  }
+  return kept;
+}
+
+template <typename T, int L, class Decide>
+int64_t count_scores(const T* scores, int64_t count, const Decide& decide) {
+  int64_t number = 0;
+  for (int64_t e = 0; e < count; e += L)
+    number += count_bits(decide(load<T, L>(scores + e)) & lanes_there<L>(count - e));
+  return number;
+}
+
+// The kth largest of `count` scores that are numbers, k of at least 1, or the least where there are fewer. Quickselect
+// by vectors, without a branch on a score.
+template <typename T, int L>
+T kth_largest(const T* scores, int64_t count, int64_t k, T* spare) {
   __builtin_memcpy(spare, scores, size_t(count) * sizeof(T));
-  return descend<T>(spare, nullptr, count, k);
+  T pivot = -__builtin_inf();
+  while (count > 0) {
+    const T a = spare[0], b = spare[count / 2], c = spare[count - 1];
+    pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
+    const auto at_least = [&](Vec<T, L> some) { return not_below<T, L>(some, pivot); };
+    const auto above = [&](Vec<T, L> some) { return ~not_below<T, L>(Vec<T, L>{} - some, -pivot); };
+    const int64_t larger = count_scores<T, L>(spare, count, above);
+    const int64_t reached = count_scores<T, L>(spare, count, at_least);
+    if (larger >= k) {
+      count = keep_scores<T, L>(spare, count, above);
+    } else if (reached >= k) {
+      return pivot;
+    } else {
+      k -= reached;
+      count = keep_scores<T, L>(spare, count, [&](Vec<T, L> some) { return ~at_least(some); });
+    }
+  }
+  return pivot;
 }
 
 // The candidates of the k largest scores, all that equal the kth among them. Those within rounding of it are decided by
@@ -68,7 +105,7 @@ int64_t keep_largest(const Attention<T>& a, const QueryState<T>& q, int32_t* col
                      T* spare, int64_t row_capacity) {
   const int64_t k = int64_t(q.threshold);
   if (count <= k) return count;
-  const T kth = kth_largest(scores, count, double(k), spare);
+  const T kth = kth_largest<T, L>(scores, count, k, spare);
   const T least = q.error.below(q.error.at_least(kth)), enough = q.error.above(q.error.at_most(kth));
   int64_t certain = 0, open = 0;
   auto* exact = reinterpret_cast<double*>(spare);  // 2 row_capacity numbers of T are row_capacity of double

@@ -85,6 +85,12 @@ COMPSPARSE_INLINE uint32_t not_below(Vec<T, L> v, T bound) {
   return bits;
 }
 
+// A bit for each of the first `count` lanes.
+template <int L>
+COMPSPARSE_INLINE uint32_t lanes_there(int64_t count) {
+  return count >= L ? uint32_t((uint64_t{1} << L) - 1) : (1u << count) - 1;
+}
+
 // Is any lane more than `bound`?
 template <int L>
 COMPSPARSE_INLINE bool any_above(Vec<float, L> v, float bound) {
