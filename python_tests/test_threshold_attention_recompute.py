@@ -515,3 +515,17 @@ def test_halves_are_refused():
     query, key, value = (tensor.bfloat16() for tensor in attention_inputs(1, 2, 100, 200, 16))
     with pytest.raises(RuntimeError, match="query: expected float32 or float64"):
         OPS.threshold_attention_bits(*op_arguments(query, key, value))
+
+
+def test_masks_may_change_in_place():
+    """As where the support is stored: whether a call may be followed by a change must not depend on its numbers."""
+    query, key, value = (tensor.requires_grad_() for tensor in attention_inputs(1, 2, 100, 200, 16))
+    padding, slopes = torch.rand(1, 200) < 0.2, torch.tensor([0.01, 0.02])
+    mask = torch.rand(100, 200) < 0.9
+    options = {"key_padding_mask": padding, "alibi_slopes": slopes, "attn_bias": mask}
+    out = threshold_attention(query, key, value, threshold=0.001, **options)
+    assert out.grad_fn.name() == "RecomputedAttentionBackward"
+    expected = torch.autograd.grad(out.sum(), (query, key, value), retain_graph=True)
+    padding.fill_(True), slopes.zero_(), mask.fill_(False)
+    for actual, wanted in zip(torch.autograd.grad(out.sum(), (query, key, value)), expected, strict=True):
+        assert torch.equal(actual, wanted)

@@ -259,3 +259,18 @@ def test_any_shape_and_options(
     tolerance = 1e-4 if dtype in DTYPES else 4 * torch.finfo(dtype).eps
     for ours, truth in zip((out, *grads), (exact_out, *exact_grads), strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("keys", [64, 75, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topp_of_an_infinite_score(dtype, keys):
+    """No mass is enough then: all keys are kept but those that are masked, and none that is not there."""
+    query, key, value = attention_inputs(1, 1, 12, keys, 16, dtype=dtype)
+    bias = torch.zeros(12, keys, dtype=dtype)
+    bias[5, 3], bias[5, 7:10], bias[2, 1] = math.inf, -math.inf, math.inf
+    _, support = threshold_attention(query, key, value, rule="topp", threshold=0.9, attn_bias=bias, return_support=True)
+    _, expected = threshold_attention(
+        query, key, value, rule="topp", threshold=0.9, attn_bias=bias, return_support=True, backend="reference"
+    )
+    assert torch.equal(support.degree, expected.degree)
+    assert torch.equal(support.col_idx, expected.col_idx)

@@ -59,28 +59,34 @@ class ThresholdAttention(torch.autograd.Function):
 
 
 class RecomputedAttention(torch.autograd.Function):
-    """The arguments of the op, softmax without dropout; the output alone."""
+    """The arguments of the op, softmax without dropout; the output alone.
+
+    What a caller may change in place where the support is stored, it may change here: the output and what is not
+    differentiable are copied, or not needed again, since the bits know of masks.
+    """
 
     @staticmethod
     def forward(ctx, *arguments):
         out, *kept = _bits(*arguments)
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        # A copy of the output: a caller may change that in place, as wherever the support is stored.
-        ctx.save_for_backward(out.clone(), *kept, *tensors)
-        ctx.others = [None if isinstance(argument, torch.Tensor) else (argument,) for argument in arguments]
+        *inputs, bias, _, alibi_slopes, thresholds, cu_seqlens_q, cu_seqlens_k, _ = arguments[:10]
+        bias = None if bias is None or bias.dtype == torch.bool else bias
+        ctx.save_for_backward(out.clone(), *kept, *inputs, bias, thresholds)
+        small = (alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+        ctx.copies = [None if tensor is None else tensor.clone() for tensor in small]
+        ctx.options = arguments[10:]
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        saved = iter(ctx.saved_tensors)
-        kept = [next(saved) for _ in range(4)]
-        arguments = [next(saved) if other is None else other[0] for other in ctx.others]
+        *kept, query, key, value, bias, thresholds = ctx.saved_tensors
+        alibi_slopes, *cu_seqlens = ctx.copies
         grads = dict.fromkeys(range(ARGUMENTS))
+        arguments = (query, key, value, bias, None, alibi_slopes, thresholds, *cu_seqlens, None, *ctx.options)
         with torch.no_grad():
             grads |= enumerate(_bits_backward(grad, *kept, *arguments))
             if ctx.needs_input_grad[THRESHOLDS]:  # constant almost everywhere
-                grads[THRESHOLDS] = torch.zeros_like(arguments[THRESHOLDS])
-        return _once_differentiable(grads, grad, *arguments[:3], arguments[THRESHOLDS])
+                grads[THRESHOLDS] = torch.zeros_like(thresholds)
+        return _once_differentiable(grads, grad, query, key, value, thresholds)
 
 
 def _once_differentiable(grads, *of):

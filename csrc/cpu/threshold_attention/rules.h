@@ -139,7 +139,9 @@ int64_t keep_mass(const QueryState<T>& q, int32_t* columns, T* scores, int64_t c
     for (int lane = 0; lane < L; ++lane) total += double(mass[lane]);
   }
   const T cut = descend<T>(spare, masses, count, q.threshold * total);
-  return filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, cut); });
+  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
+  const T least = larger_of(cut, lowest);  // where a score is infinite no mass is enough: then all but what is masked
+  return filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, least); });
 }
 
 // Sums over all scores of relu(slope (s - top) - tau)^power, power 1 or 2, and of what they lose as tau rises; the last
