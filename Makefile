@@ -4,10 +4,20 @@
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+WORKERS ?= 2
+
+# Extras of pyproject.toml. The tests' are 1.5 GB (triton, transformers), so the demo does without them.
+DEMO_EXTRAS ?= demo graphs
+TEST_EXTRAS ?= demo graphs test transformers
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# By files, in the order of collection: the longest are first.
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEPENDENCIES := $(VENV)/dependencies.stamp
+TEST_DEPENDENCIES := $(VENV)/test-dependencies.stamp
+LINT_DEPENDENCIES := $(VENV)/lint-dependencies.stamp
 BUILD := build/build.stamp
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -21,9 +31,17 @@ $(PY):
 
 # The .pth file puts this folder on the path of the environment: an editable install that needs no second build.
 $(DEPENDENCIES): pyproject.toml .ci/requirements.py Makefile | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(PY) -m pip install --quiet --disable-pip-version-check $$($(PY) .ci/requirements.py)
+	$(PIP) "$(TORCH)"
+	$(PIP) $$($(PY) .ci/requirements.py $(DEMO_EXTRAS))
 	$(PY) -c "import sysconfig, pathlib; pathlib.Path(sysconfig.get_path('purelib'), 'compsparse_kernels.pth').write_text('$(CURDIR)\n')"
+	touch $@
+
+$(TEST_DEPENDENCIES): $(DEPENDENCIES)
+	$(PIP) $$($(PY) .ci/requirements.py $(TEST_EXTRAS))
+	touch $@
+
+$(LINT_DEPENDENCIES): pyproject.toml .ci/requirements.py | $(PY)
+	$(PIP) $$($(PY) .ci/requirements.py lint)
 	touch $@
 
 $(BUILD): $(DEPENDENCIES) $(SOURCES)
@@ -34,35 +52,35 @@ $(BUILD): $(DEPENDENCIES) $(SOURCES)
 demo: build
 	$(PY) -m compsparse_kernels demo --report report
 
-test: build
-	$(PY) -m pytest
+test: build $(TEST_DEPENDENCIES)
+	$(PYTEST)
 
 # Evidence about GPU kernels; none of it needs a GPU (python_tests/gpu/README.md).
-test-gpu: build
-	$(PY) -m pytest python_tests/gpu
+test-gpu: build $(TEST_DEPENDENCIES)
+	$(PYTEST) python_tests/gpu
 
-test-gpu-full: build
-	$(PY) -m pytest python_tests/gpu -m "long or not long"
+test-gpu-full: build $(TEST_DEPENDENCIES)
+	$(PYTEST) python_tests/gpu -m "long or not long"
 
-gpu-report: build
+gpu-report: build $(TEST_DEPENDENCIES)
 	$(PY) -m python_tests.gpu.report
 
 bench: build
 	$(PY) -m benchmarks.run --suite quick
 
 # The paper's claims as experiments, into benchmarks/results/claims.
-claims: build
+claims: build $(TEST_DEPENDENCIES)
 	$(PY) -m benchmarks.claims --json --plot
 
 sanitize:
 	$(MAKE) -C python_tests/sanitize -j2
 
-lint: $(DEPENDENCIES)
+lint: $(LINT_DEPENDENCIES)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(DEPENDENCIES)
+format: $(LINT_DEPENDENCIES)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)

@@ -207,7 +207,9 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_a_running_check():
-    code = "from compsparse_kernels.cli import main; import sys; print('up', flush=True); sys.exit(main())"
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs are deaf to it
+    start = "from compsparse_kernels.cli import main; print('up', flush=True); sys.exit(main())"
+    code = f"import signal, sys; {listen}; {start}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code, "check"], cwd=ROOT, **pipes)
     try:

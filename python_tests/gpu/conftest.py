@@ -1,4 +1,4 @@
-"""Settings of the ladder, and its summary at the end of a run."""
+"""Settings of the ladder, and what a process that ran a part of it leaves."""
 
 import os
 from pathlib import Path
@@ -9,14 +9,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from python_tests.gpu import ledger
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
     if ledger.FILE in os.environ:
         ledger.save(Path(os.environ[ledger.FILE]))
-
-
-def pytest_terminal_summary(terminalreporter):
-    lines = ledger.lines()
-    if lines:
-        terminalreporter.section("evidence about GPU kernels (python_tests/gpu/README.md)")
-        for line in lines:
-            terminalreporter.write_line(line)
+    elif hasattr(session.config, "workeroutput"):  # of pytest-xdist
+        session.config.workeroutput["ledger"] = ledger.contents()

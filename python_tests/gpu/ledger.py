@@ -27,14 +27,26 @@ def mutants(kernel: str, caught: int, total: int) -> None:
     _mutants[kernel][1] += total
 
 
+def contents() -> dict:
+    """What :func:`add` takes in another process."""
+    kernels = {level: sorted(names) for level, names in _kernels.items()}
+    return {"kernels": kernels, "mutants": {kernel: list(counts) for kernel, counts in _mutants.items()}}
+
+
+def add(contents: dict) -> None:
+    for level, names in contents["kernels"].items():
+        _kernels[level].update(names)
+    for kernel, counts in contents["mutants"].items():
+        mutants(kernel, *counts)
+
+
 def save(path: Path) -> None:
-    path.write_text(json.dumps({"kernels": {level: sorted(names) for level, names in _kernels.items()}}))
+    path.write_text(json.dumps(contents()))
 
 
 def merge(path: Path) -> None:
     """Adds what a child process saved."""
-    for level, names in json.loads(path.read_text())["kernels"].items():
-        _kernels[level].update(names)
+    add(json.loads(path.read_text()))
 
 
 def lines() -> list[str]:
