@@ -12,7 +12,8 @@ TEST_EXTRAS ?= demo graphs test transformers
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Modules compile when they are first imported: pip would compile all of torch's and sympy's, half of its time.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # By files, in the order of collection: the longest are first.
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEPENDENCIES := $(VENV)/dependencies.stamp

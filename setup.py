@@ -52,11 +52,11 @@ CUDA_HEADERS = [str(path) for path in sorted(CSRC.glob("cuda/**/*.*h"))]
 
 
 class BuildArchives(build_clib):
-    """Archives side by side: each is one source, and there are many."""
+    """Archives side by side, since each is one source; the widest vectors first, whose sources take longest."""
 
     def build_libraries(self, libraries):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda library: super(BuildArchives, self).build_libraries([library]), libraries))
+            list(pool.map(lambda library: super(BuildArchives, self).build_libraries([library]), libraries[::-1]))
 
 
 def kernel_archives():

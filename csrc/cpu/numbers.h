@@ -6,7 +6,7 @@
 #include "types.h"
 
 #if defined(__F16C__)
-#include <immintrin.h>
+#include "intrinsics.h"
 #endif
 
 namespace {

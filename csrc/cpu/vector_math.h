@@ -5,7 +5,7 @@
 #include "simd.h"
 
 #if defined(__SSE2__)
-#include <immintrin.h>
+#include "intrinsics.h"
 #endif
 
 namespace {

@@ -1,5 +1,5 @@
 // bfloat16 on processors that multiply it themselves.
-#include <immintrin.h>
+#include "../intrinsics.h"
 
 #include "kernel.h"
 

@@ -17,7 +17,7 @@
 #include "table.h"
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
+#include "../intrinsics.h"
 #endif
 
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "../intrinsics.h"
 #endif
 
 #include "../vector_math.h"
