@@ -1,6 +1,5 @@
 // bfloat16 on processors that multiply it themselves.
 #include "../intrinsics.h"
-
 #include "kernel.h"
 
 namespace {
