@@ -100,13 +100,18 @@ def test_padding():
     check(attention_inputs(3, 2, 33, 40, 16), threshold=0.1, key_padding_mask=padding, is_causal=True)
 
 
-def test_padded_keys_may_hold_anything():
-    query, key, value = attention_inputs(1, 2, 9, 20, 8)
-    padding = torch.arange(20)[None] >= 15
-    key[:, :, 15:], value[:, :, 15:] = 0, 0
-    expected = threshold_attention(query, key, value, threshold=0.1, key_padding_mask=padding)
-    key[:, :, 15:], value[:, :, 15:] = torch.nan, torch.nan
-    assert torch.equal(threshold_attention(query, key, value, threshold=0.1, key_padding_mask=padding), expected)
+@pytest.mark.parametrize("keys", [20, 300, 3000])
+def test_padded_keys_may_hold_anything(keys):
+    query, key, value = attention_inputs(1, 2, 33, keys, 8)
+    padding = torch.arange(keys)[None] >= keys - 5
+    few, all_there = {"threshold": 0.9, "key_padding_mask": padding}, {"threshold": 1e-30, "key_padding_mask": padding}
+    key[:, :, -5:], value[:, :, -5:] = 0, 0
+    inputs = [tensor.clone() for tensor in (query, key, value)]
+    key[:, :, -5:], value[:, :, -5:] = torch.nan, torch.nan
+    assert torch.equal(threshold_attention(query, key, value, **few), threshold_attention(*inputs, **few))
+    # By tiles, which add up all values, only where these are finite: equal to rounding.
+    dense = threshold_attention(*inputs, **all_there)
+    torch.testing.assert_close(threshold_attention(query, key, value, **all_there), dense)
 
 
 def test_scale():
@@ -342,15 +347,17 @@ def test_infinite_bias_is_undefined_as_in_softmax():
         assert out.isnan().all()
 
 
+# Few heads, whose keys all threads share, and so many that one thread packs them one by one, and two do not.
+@pytest.mark.parametrize("sizes", [(2, 4, 150, 700, 64), (5, 4, 60, 90, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bitwise_equal_for_any_number_of_threads(dtype):
-    tensors = attention_inputs(2, 4, 150, 700, 64, kv_heads=2, dtype=dtype)
+def test_bitwise_equal_for_any_number_of_threads(sizes, dtype):
+    tensors = attention_inputs(*sizes, kv_heads=2, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out, support, grads = run(tensors, torch.ones(700, dtype=dtype), threshold=0.1, enable_gqa=True)
+            out, support, grads = run(tensors, torch.ones(sizes[3], dtype=dtype), threshold=0.1, enable_gqa=True)
             results.append((out, support.row_ptr, support.col_idx, support.weights, *grads))
     finally:
         torch.set_num_threads(before)
@@ -391,7 +398,8 @@ assert cpu_isa() == sys.argv[1], cpu_isa()
 for dtype in tests.DTYPES:
     for width in (20, 64):
         tests.test_widths(width, dtype)
-    tests.test_bitwise_equal_for_any_number_of_threads(dtype)
+    for sizes in ((2, 4, 150, 700, 64), (5, 4, 60, 90, 20)):
+        tests.test_bitwise_equal_for_any_number_of_threads(sizes, dtype)
     tests.test_equal_keys_are_kept_or_dropped_together(dtype, 0.3)
     tests.test_float_bias((4, 1, 40), dtype)
     for width in (20, 67):

@@ -188,7 +188,8 @@ def test_dropout(choice, dtype):
     options = choice_options(choice) | {"scale": SCALE, "enable_gqa": True}
     support = check(tensors, dropout_p=0.3, seed=-5, **options)
     without = run(tensors, **options)[1]
-    assert torch.equal(support.weights, without.weights) and torch.equal(support.col_idx, without.col_idx)
+    assert torch.equal(support.col_idx, without.col_idx)
+    torch.testing.assert_close(support.weights, without.weights)  # to rounding: these may have gone by tiles
 
 
 def test_dropout_of_everything_kept():

@@ -41,7 +41,7 @@ def test_halves_store_the_support(dtype):
     assert way_of(threshold_attention(*leaves_of(many_kept(1, 2, 60, 150, 16, dtype=dtype)), **KEEP)) == "Threshold"
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 47, 150, 16), (1, 2, 60, 127, 16), (0, 2, 60, 150, 16), (1, 0, 60, 150, 16)])
+@pytest.mark.parametrize("sizes", [(1, 2, 23, 150, 16), (1, 2, 60, 31, 16), (0, 2, 60, 150, 16), (1, 0, 60, 150, 16)])
 def test_small_calls_store_the_support(sizes):
     assert way_of(threshold_attention(*leaves_of(many_kept(*sizes)), **KEEP)) == "Threshold"
 

@@ -49,15 +49,20 @@ constexpr int64_t few_queries = 8;
 // Heads [batch * heads] whose queries go by the index; where most keys are kept it is a detour.
 template <typename T>
 std::vector<uint8_t> heads_by_index(const AttentionKernels<T>& kernel, const Attention<T>& a,
-                                    const AttentionScratch<T>& scratch) {
-  constexpr int64_t least_keys = 256;
+                                    const std::vector<Buffers<T>>& buffers) {
+  constexpr int64_t least_keys = 384;  // for fewer, scores of all are as fast
   const AttentionSizes& size = a.size;
   std::vector<uint8_t> chosen(size.batch * size.heads, a.index != nullptr);
   if (chosen.empty() || !kernel.forward_indexed || a.index || a.rule == Rule::topk || size.keys < least_keys)
     return chosen;
   if (size.queries * (size.heads / size.kv_heads) <= few_queries) return chosen;
-  for (int64_t head = 0; head < size.batch * size.heads; ++head)
-    chosen[head] = !(kernel.head_share(a, head / size.heads, head % size.heads, scratch) > kernel.most_by_index);
+  const int64_t heads = size.batch * size.heads, parts = buffers.size();
+  for_each_part(parts, [&](int64_t part) {
+    const Range mine = equal_share(heads, part, parts);
+    for (int64_t head = mine.begin; head < mine.end; ++head)
+      chosen[head] = !(kernel.head_share(a, head / size.heads, head % size.heads, buffers[part].scratch(false)) >
+                       kernel.most_by_index);
+  });
   return chosen;
 }
 
@@ -100,35 +105,39 @@ template <typename T>
 void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, SupportParts<T>* support) {
   const AttentionSizes& size = a.size;
   const int64_t group = size.heads / std::max<int64_t>(size.kv_heads, 1);
-  std::optional<PreparedKeys<T>> keys;
-  if (size.queries * group > few_queries) keys.emplace(kernel, a);
   const QueryBlocks units(size, kernel.block_queries);
   const int64_t total = units.total(size.batch);
   const int64_t work = size.batch * size.heads * size.queries * (size.keys * size.width + size.value_width);
   const int64_t parts = std::max<int64_t>(1, std::min(parts_for(work), total));
+  std::optional<PreparedKeys<T>> keys;
+  if (size.queries * group > few_queries) keys.emplace(kernel, a, parts);
   std::vector<Buffers<T>> buffers;
   for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size);
   if (support) support->arenas.resize(parts);
-  const std::vector<uint8_t> by_index = heads_by_index(kernel, a, buffers[0].scratch(false));
+  const std::vector<uint8_t> by_index = heads_by_index(kernel, a, buffers);
   const Scratch<uint8_t> index = new_index(kernel, a, by_index);
   std::vector<uint8_t> failed(parts, 0);
+  const int64_t together = keys ? keys->blocks_together(group, units.per_head) : 1;
   std::atomic<int64_t> next{0};
   for_each_part(parts, [&](int64_t part) {
     const AttentionScratch<T> scratch = buffers[part].scratch(support != nullptr);
-    for (int64_t unit; (unit = next++) < total;) {
+    Attention<T> mine = a;
+    const auto run = [&](int64_t unit) {
       const Range rows = units.rows(unit);
       const int64_t head = units.head(unit), b = head / size.heads, h = head % size.heads;
-      if (!by_index[head] || !kernel.forward_indexed(a, b, h, rows, scratch)) {
-        if (keys) keys->need(b, h / group);
-        kernel.forward(a, b, h, rows, scratch);
+      if (!by_index[head] || !kernel.forward_indexed(mine, b, h, rows, scratch)) {
+        if (keys) keys->need(part, b, h / group, mine);
+        kernel.forward(mine, b, h, rows, scratch);
       }
-      if (!support) continue;
+      if (!support) return;
       const int64_t first = head * size.queries + rows.begin, count = rows.end - rows.begin;
       std::copy_n(scratch.log_sums, count, support->log_sums + first);
       std::copy_n(scratch.slopes, count, support->slopes + first);
       if (!keep_block(scratch, count, support->degrees + first, support->arenas[part], support->blocks[unit]))
         failed[part] = 1;
-    }
+    };
+    for (int64_t first; (first = next.fetch_add(together)) < total;)
+      for (int64_t unit = first; unit < first + together; ++unit) run(unit);
   });
   STD_TORCH_CHECK(std::find(failed.begin(), failed.end(), 1) == failed.end(), "out of memory for the support");
 }

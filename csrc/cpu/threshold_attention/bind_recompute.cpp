@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -19,7 +20,7 @@ namespace {
 
 // From this share of the keys on that are kept, computing scores again is faster than storing the support.
 constexpr double kRecomputeShare = 0.3;
-constexpr int64_t kLeastKeys = 128, kLeastQueries = 48;
+constexpr int64_t kLeastKeys = 32, kLeastQueries = 24;
 
 // By the look of a few queries of each head.
 template <typename T>
@@ -28,11 +29,15 @@ bool is_dense(const AttentionKernels<T>& kernel, const Attention<T>& a) {
   if (a.rule != Rule::relative && a.rule != Rule::absolute) return false;
   if (a.weighting != Weighting::softmax || a.dropout > 0 || size.value_width == 0) return false;
   if (size.keys < kLeastKeys || size.queries < kLeastQueries || size.batch * size.heads == 0) return false;
-  const Buffers<T> buffers(kernel, size);
-  double share = 0;
-  for (int64_t head = 0; head < size.batch * size.heads; ++head)
-    share += kernel.true_share(a, head / size.heads, head % size.heads, buffers.scratch(false));
-  return share >= kRecomputeShare * double(size.batch * size.heads) &&
+  const int64_t heads = size.batch * size.heads, parts = std::min(heads, parts_for(heads * size.keys * size.width));
+  std::vector<double> shares(heads);
+  for_each_part(parts, [&](int64_t part) {
+    const Buffers<T> buffers(kernel, size);
+    const Range mine = equal_share(heads, part, parts);
+    for (int64_t head = mine.begin; head < mine.end; ++head)
+      shares[head] = kernel.true_share(a, head / size.heads, head % size.heads, buffers.scratch(false));
+  });
+  return std::accumulate(shares.begin(), shares.end(), 0.0) >= kRecomputeShare * double(heads) &&
          all_heads_finite(a.query, size.batch, size.heads, size.queries, size.width) &&
          all_heads_finite(a.key, size.batch, size.kv_heads, size.keys, size.width) &&
          all_heads_finite(a.value, size.batch, size.kv_heads, size.keys, size.value_width);
@@ -57,20 +62,23 @@ KeptBits<T> bits_of(const Tensor& kept, const Tensor& tops, const Tensor& invers
 template <typename T>
 void run_forward(const AttentionKernels<T>& kernel, Attention<T>& a, const KeptBits<T>& bits) {
   const AttentionSizes& size = a.size;
-  PreparedKeys<T> keys(kernel, a);
   const QueryBlocks units(size, kernel.block_queries);
   const int64_t total = units.total(size.batch), group = size.heads / size.kv_heads;
   const int64_t work = total * kernel.block_queries * size.keys * (size.width + size.value_width);
   const int64_t parts = std::min(parts_for(work), total);
+  PreparedKeys<T> keys(kernel, a, parts);
   std::vector<Buffers<T>> buffers;
   for (int64_t part = 0; part < parts; ++part) buffers.emplace_back(kernel, size);
+  const int64_t together = keys.blocks_together(group, units.per_head);
   std::atomic<int64_t> next{0};
   for_each_part(parts, [&](int64_t part) {
-    for (int64_t unit; (unit = next++) < total;) {
-      const int64_t head = units.head(unit), b = head / size.heads, h = head % size.heads;
-      keys.need(b, h / group);
-      kernel.forward_bits(a, bits, b, h, units.rows(unit), buffers[part].scratch(false));
-    }
+    Attention<T> mine = a;
+    for (int64_t first; (first = next.fetch_add(together)) < total;)
+      for (int64_t unit = first; unit < first + together; ++unit) {
+        const int64_t head = units.head(unit), b = head / size.heads, h = head % size.heads;
+        keys.need(part, b, h / group, mine);
+        kernel.forward_bits(mine, bits, b, h, units.rows(unit), buffers[part].scratch(false));
+      }
   });
 }
 

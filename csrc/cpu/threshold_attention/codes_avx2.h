@@ -16,7 +16,7 @@ inline float query_step(const float* query, int64_t width) {
   __m256 most = _mm256_setzero_ps();
   for (int64_t d = 0; d < width; d += kIndexLanes) {
     const bool whole = d + kIndexLanes <= width;
-    const auto some = whole ? load<float, 8>(query + d) : load_partial<float, 8>(query + d, width - d);
+    const auto some = whole ? load<float, 8>(query + d) : load_first<float, 8>(query + d, width - d);
     const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)some);
     const __m256 pairs = _mm256_add_ps(sizes, _mm256_permute_ps(sizes, 0xb1));  // each with its neighbour
     most = _mm256_max_ps(_mm256_add_ps(pairs, _mm256_permute2f128_ps(pairs, pairs, 1)), most);

@@ -37,7 +37,8 @@ int64_t solve(const Attention<T>& a, const QueryState<T>& q, int32_t* columns, T
   }
   switch (a.rule) {
     case Rule::entmax:
-      return entmax<T, L>(q, columns, scores, count, sums.log_sum);
+      sums.top = q.top;
+      return entmax<T, L>(q, columns, scores, count, sums.all);
     case Rule::topk:
       count = keep_largest<T, L>(a, q, columns, scores, count, spare, row_capacity);
       break;
@@ -56,18 +57,24 @@ int64_t row_number(const Attention<T>& a, const QueryState<T>& q) {
   return (q.b * a.size.heads + q.h) * a.size.queries + q.i;
 }
 
+template <typename T>
+void keep_sums(const RowSums<T>& sums, int64_t r, const AttentionScratch<T>& scratch) {
+  if (!scratch.with_support) return;  // a logarithm saved
+  scratch.log_sums[r] = sums.log_sum();
+  scratch.slopes[r] = sums.slope;
+}
+
 // Candidates of row r of the block -> survivors, weights, and the row of the output.
 template <typename T, class Target>
 void finish_row(const Attention<T>& a, const QueryState<T>& q, int64_t r, const AttentionScratch<T>& scratch) {
   constexpr int L = Target::Lanes;
   int32_t* columns = scratch.columns + r * scratch.row_capacity;
   T* weights = scratch.weights + r * scratch.row_capacity;
-  RowSums<T> sums = {T(-__builtin_inf()), 0};
+  RowSums<T> sums = {T(-__builtin_inf()), 1};
   const int64_t count =
       solve<T, L>(a, q, columns, weights, scratch.counts[r], scratch.spare, scratch.row_capacity, sums);
   scratch.counts[r] = count;
-  scratch.log_sums[r] = sums.log_sum;
-  scratch.slopes[r] = sums.slope;
+  keep_sums(sums, r, scratch);
   const T* shares = weights;
   if (a.dropout > 0) {
     drop(a.seed, a.dropout, uint64_t(row_number(a, q)), columns, count, weights, scratch.spare);

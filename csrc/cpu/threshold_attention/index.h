@@ -51,7 +51,7 @@ float largest_size(const float* x, int64_t width) {
   Vec<float, L> most = {};
   int64_t d = 0;
   for (; d + L <= width; d += L) most = larger<float, L>(size(load<float, L>(x + d)), most);
-  if (d < width) most = larger<float, L>(size(load_partial<float, L>(x + d, width - d)), most);
+  if (d < width) most = larger<float, L>(size(load_first<float, L>(x + d, width - d)), most);
   return max_lanes<float, L>(most);
 }
 
@@ -104,7 +104,7 @@ CodeBounds encode(const float* x, int64_t width, float step, const Write& write)
   const float inverse = step >= Rounding<float>::smallest_normal && step < __builtin_inff() ? 1 / step : 0;
   Squares<L / 2> squares;
   for (int64_t d = 0; d < width; d += L) {
-    const Vec<float, L> value = d + L <= width ? load<float, L>(x + d) : load_partial<float, L>(x + d, width - d);
+    const Vec<float, L> value = d + L <= width ? load<float, L>(x + d) : load_first<float, L>(x + d, width - d);
     const Vec<float, L> rounded = (value * inverse + Rounder) - Rounder;
     const auto stands = (rounded >= -float(kLargestCode)) & (rounded <= float(kLargestCode));
     const Vec<float, L> codes = stands ? rounded : Vec<float, L>{};

@@ -4,7 +4,8 @@
 //   indexed  8-bit products tell which keys are candidates, and their scores alone are computed (indexed.h)
 //   sparse   score tiles [M queries, R vectors of keys] stay in registers over the width, as in a matrix product,
 //            and go to a strip of scores that fits in cache; a scan of the strip keeps the candidates
-//   dense    scores of all keys are kept, and values are summed by tiles: where most keys survive
+//   dense    scores of all keys are kept, and values are summed by tiles: where many keys survive. Whether they do is
+//            seen in the scores themselves where one strip holds them all, else in a sample of them
 //   direct   dot products with the keys as they lie: for queries too few to repack keys
 // then
 //   refine   the few candidates within the screen's rounding bound of the row's threshold (or of its maximum) are
@@ -19,30 +20,20 @@
 #include "backward.h"
 #include "finish.h"
 #include "recompute.h"
-#include "tiles.h"
+#include "shares.h"
 
 namespace {
 
 using namespace compsparse;
 
-// From this share of the keys on that are kept, sums over all values in order are faster than over the survivors.
-constexpr double kDenseShare = 0.4;
-constexpr int64_t kLeastDense = 128;  // keys
+// From this share of the keys on that are kept, sums over all values in order are faster than over the survivors. A
+// sample of the keys, without the largest scores in view, takes too many for kept.
+constexpr double kDenseShare = 0.2, kDenseSampledShare = 0.4;
 
-// scores[r][0 ..) of the keys [first, end) by tiles; first lies at the beginning of a panel
-template <typename T, class Target>
-void score_panels(const Attention<T>& a, const T* packed, int64_t num_rows, int64_t first, int64_t end,
-                  const AttentionScratch<T>& scratch, T* scores, int64_t stride) {
-  for (int64_t key = first; key < end; key += Target::PanelKeys)
-    score_rows<T, Target::Lanes, Target::Vectors, Target::Rows>(
-        scratch.queries, num_rows, a.size.width, packed + key * a.size.width, scores + key - first, stride);
-}
-
-// Candidates among the keys of a strip for one query.
+// Candidates for one query among the keys of a strip, whose first `count` scores are final.
 template <typename T, int L>
-void screen(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t first, int64_t count, T* scores,
+void screen(QueryState<T>& q, int64_t r, int64_t first, int64_t count, const T* scores,
             const AttentionScratch<T>& scratch) {
-  count = finish_scores<T, L>(a, q, first, count, scores);
   T bound = q.error.below(q.cut);
   if (q.from_top) {
     q.top = larger_of(q.top, largest_score<T, L>(scores, count));
@@ -55,13 +46,16 @@ void screen(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t first, i
 template <typename T, class Target>
 void sparse_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, int64_t num_rows, Range keys,
                   const AttentionScratch<T>& scratch) {
+  constexpr int L = Target::Lanes;
   const int64_t begin = keys.begin / Target::PanelKeys * Target::PanelKeys;
   for (int64_t r = 0; r < num_rows; ++r) scratch.counts[r] = 0;
   for (int64_t first = begin, end; first < keys.end; first = end) {
     end = min64(first + strip_keys<T>(), keys.end);
     score_panels<T, Target>(a, packed, num_rows, first, end, scratch, scratch.scores, score_stride<T>());
-    for (int64_t r = 0; r < num_rows; ++r)
-      screen<T, Target::Lanes>(a, rows[r], r, first, end - first, scratch.scores + r * score_stride<T>(), scratch);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      T* scores = scratch.scores + r * score_stride<T>();
+      screen<T, L>(rows[r], r, first, finish_scores<T, L>(a, rows[r], first, end - first, scores), scores, scratch);
+    }
   }
   for (int64_t r = 0; r < num_rows; ++r) finish_row<T, Target>(a, rows[r], r, scratch);
 }
@@ -82,7 +76,7 @@ void direct_block(const Attention<T>& a, const T* keys_of_head, QueryState<T>* r
       rows[r].error = error_of(a, rows[r], largest_key);
       T* scores = scratch.scores + r * score_stride<T>();
       direct_scores<T, L>(scratch.queries + r * a.size.width, a.size.width, some, a.key.stride, end - first, scores);
-      screen<T, L>(a, rows[r], r, first, end - first, scores, scratch);
+      screen<T, L>(rows[r], r, first, finish_scores<T, L>(a, rows[r], first, end - first, scores), scores, scratch);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) finish_row<T, Target>(a, rows[r], r, scratch);
@@ -115,11 +109,11 @@ int64_t keep_in_place(T* scores, int64_t count, int64_t first, const KeptRow& to
   return kept;
 }
 
-// Scores of one row of the keys [begin, begin + count) -> weights in place, 0 where a key is dropped.
+// Final scores of one row of the keys [begin, begin + seen) -> weights in place, 0 where a key is dropped.
 template <typename T, int L>
-void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t begin, int64_t count, T* scores,
-                     const AttentionScratch<T>& scratch, const KeptBits<T>* bits) {
-  const int64_t seen = finish_scores<T, L>(a, q, begin, count, scores), row = row_number(a, q);
+void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t begin, int64_t seen, int64_t count,
+                     T* scores, const AttentionScratch<T>& scratch, const KeptBits<T>* bits) {
+  const int64_t row = row_number(a, q);
   const KeptRow to = {scratch.with_support ? scratch.columns + r * scratch.row_capacity : nullptr,
                       bits ? bits->words + row * bits->row_words : nullptr};
   q.top = largest_score<T, L>(scores, seen);
@@ -140,22 +134,21 @@ void weigh_dense_row(const Attention<T>& a, QueryState<T>& q, int64_t r, int64_t
   const RowSums<T> sums = weigh<T, L>(a, q, scores, seen, top);
   for (int64_t j = round_up(seen, L); j < count; ++j) scores[j] = 0;
   scratch.counts[r] = kept;
-  scratch.log_sums[r] = sums.log_sum;
-  scratch.slopes[r] = sums.slope;
+  keep_sums(sums, r, scratch);
   if (!bits) return;
   bits->tops[row] = top > -__builtin_inf() ? top : 0;
   bits->inverses[row] = sums.sum == 0 ? 0 : 1 / sums.sum;
 }
 
+// Final scores of all rows, `stride` apart, of the keys [begin, begin + count), of which row r looks at seen[r] ->
+// weights, and their sums over all values in order.
 template <typename T, class Target>
-void dense_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, int64_t num_rows, Range keys,
-                 const AttentionScratch<T>& scratch, const KeptBits<T>* bits = nullptr) {
+void finish_dense(const Attention<T>& a, QueryState<T>* rows, int64_t num_rows, int64_t begin, const int64_t* seen,
+                  int64_t count, T* scores, int64_t stride, const AttentionScratch<T>& scratch,
+                  const KeptBits<T>* bits) {
   constexpr int L = Target::Lanes;
-  const int64_t begin = keys.begin / Target::PanelKeys * Target::PanelKeys, count = keys.end - begin;
-  const int64_t stride = scratch.row_capacity;
-  score_panels<T, Target>(a, packed, num_rows, begin, keys.end, scratch, scratch.weights, stride);
   for (int64_t r = 0; r < num_rows; ++r)
-    weigh_dense_row<T, L>(a, rows[r], r, begin, count, scratch.weights + r * stride, scratch, bits);
+    weigh_dense_row<T, L>(a, rows[r], r, begin, seen[r], count, scores + r * stride, scratch, bits);
   const QueryState<T>& q = rows[0];
   const int64_t kv_head = q.h / (a.size.heads / a.size.kv_heads);
   T* out = a.out.head(q.b, q.h) + q.i * a.out.stride;
@@ -163,56 +156,66 @@ void dense_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, in
     for (int64_t d = 0; d < a.size.value_width; ++d) out[r * a.out.stride + d] = 0;
   const T* values = a.value.head(q.b, kv_head) + begin * a.value.stride;
   for (int64_t key = 0; key < count; key += kSumChain)
-    add_products<T, L, Target::Vectors, Target::Rows>(scratch.weights + key, stride, num_rows,
-                                                      min64(kSumChain, count - key), values + key * a.value.stride,
-                                                      a.value.stride, a.size.value_width, out, a.out.stride);
+    add_products<T, L, Target::Vectors, Target::Rows>(scores + key, stride, num_rows, min64(kSumChain, count - key),
+                                                      values + key * a.value.stride, a.value.stride, a.size.value_width,
+                                                      out, a.out.stride);
   if (!scratch.with_support) return;
   for (int64_t r = 0; r < num_rows; ++r) {
-    T* weights = scratch.weights + r * stride;
+    const T* from = scores + r * stride;
+    T* to = scratch.weights + r * scratch.row_capacity;  // perhaps the same: a key is never before its place
     const int32_t* columns = scratch.columns + r * scratch.row_capacity;
-    for (int64_t e = 0; e < scratch.counts[r]; ++e) weights[e] = weights[columns[e] - begin];
+    for (int64_t e = 0; e < scratch.counts[r]; ++e) to[e] = from[columns[e] - begin];
   }
 }
 
-// The share of keys that may be kept among a few panels all over those in sight.
 template <typename T, class Target>
-double sampled_share(const Attention<T>& a, const T* packed, const QueryState<T>* rows, int64_t num_rows, Range keys,
-                     const AttentionScratch<T>& scratch) {
-  constexpr int64_t P = Target::PanelKeys, Samples = 4;
+void dense_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, int64_t num_rows, Range keys,
+                 const AttentionScratch<T>& scratch, const KeptBits<T>* bits = nullptr) {
+  const int64_t begin = keys.begin / Target::PanelKeys * Target::PanelKeys, count = keys.end - begin;
+  const int64_t stride = scratch.row_capacity;
+  score_panels<T, Target>(a, packed, num_rows, begin, keys.end, scratch, scratch.weights, stride);
+  int64_t seen[kBlockQueries];
+  for (int64_t r = 0; r < num_rows; ++r)
+    seen[r] = finish_scores<T, Target::Lanes>(a, rows[r], begin, count, scratch.weights + r * stride);
+  finish_dense<T, Target>(a, rows, num_rows, begin, seen, count, scratch.weights, stride, scratch, bits);
+}
+
+// May the block go by sums over all values?
+template <typename T, class Target>
+bool may_be_dense(const Attention<T>& a, const QueryState<T>* rows, int64_t num_rows) {
+  if (a.rule != Rule::relative && a.rule != Rule::absolute) return false;
+  if (a.dropout > 0 || num_rows < Target::Rows) return false;
+  const int64_t kv_head = rows[0].h / (a.size.heads / a.size.kv_heads);
+  return a.finite_values && a.finite_values[rows[0].b * a.size.kv_heads + kv_head];  // else 0 times inf
+}
+
+// The keys that all fit in a strip: every other row tells how many are kept, once the scores of all are there.
+template <typename T, class Target>
+void strip_block(const Attention<T>& a, const T* packed, QueryState<T>* rows, int64_t num_rows, Range keys,
+                 const AttentionScratch<T>& scratch) {
   constexpr int L = Target::Lanes;
-  const int64_t first = keys.begin / P, number = ceil_div(keys.end, P) - first;
-  int64_t found = 0, seen = 0;
-  for (int64_t s = 0; s < Samples; ++s) {
-    const int64_t key = (first + (2 * s + 1) * number / (2 * Samples)) * P;
-    score_panels<T, Target>(a, packed, num_rows, key, key + 1, scratch, scratch.scores + s * P, score_stride<T>());
+  const int64_t begin = keys.begin / Target::PanelKeys * Target::PanelKeys, count = keys.end - begin;
+  const int64_t stride = round_up(count, Target::PanelKeys) + 64 / sizeof(T);  // rows in different cache sets
+  score_panels<T, Target>(a, packed, num_rows, begin, keys.end, scratch, scratch.scores, stride);
+  int64_t seen[kBlockQueries], looked = 0, kept = 0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    T* scores = scratch.scores + r * stride;
+    seen[r] = finish_scores<T, L>(a, rows[r], begin, count, scores);
+    if (r % 2 == 0) {
+      const T least = T((rows[r].from_top ? double(largest_score<T, L>(scores, seen[r])) : 0) + rows[r].cut);
+      looked += seen[r];
+      for (int64_t j = 0; j < seen[r]; j += L) kept += count_bits(not_below<T, L>(load<T, L>(scores + j), least));
+    }
+  }
+  if (double(kept) > kDenseShare * double(looked) && may_be_dense<T, Target>(a, rows, num_rows)) {
+    finish_dense<T, Target>(a, rows, num_rows, begin, seen, count, scratch.scores, stride, scratch, nullptr);
+    return;
   }
   for (int64_t r = 0; r < num_rows; ++r) {
-    T top = -__builtin_inf();
-    int64_t counts[Samples];
-    T* scores = scratch.scores + r * score_stride<T>();
-    for (int64_t s = 0; s < Samples; ++s) {
-      const int64_t key = (first + (2 * s + 1) * number / (2 * Samples)) * P;
-      counts[s] = finish_scores<T, L>(a, rows[r], key, min64(P, a.size.keys - key), scores + s * P);
-      top = larger_of(top, largest_score<T, L>(scores + s * P, counts[s]));
-    }
-    const T least = T((rows[r].from_top ? double(top) : 0) + rows[r].cut);
-    for (int64_t s = 0; s < Samples; ++s) {
-      for (int64_t j = 0; j < counts[s]; j += L)
-        found += count_bits(not_below<T, L>(load<T, L>(scores + s * P + j), least));
-      seen += counts[s];
-    }
+    scratch.counts[r] = 0;
+    screen<T, L>(rows[r], r, begin, seen[r], scratch.scores + r * stride, scratch);
   }
-  return seen > 0 ? double(found) / double(seen) : 0;
-}
-
-template <typename T, class Target>
-bool mostly_kept(const Attention<T>& a, const T* packed, const QueryState<T>* rows, int64_t num_rows, Range keys,
-                 const AttentionScratch<T>& scratch) {
-  if (a.rule != Rule::relative && a.rule != Rule::absolute) return false;
-  if (a.dropout > 0 || num_rows < Target::Rows || keys.end - keys.begin < kLeastDense) return false;
-  const int64_t kv_head = rows[0].h / (a.size.heads / a.size.kv_heads);
-  if (!a.finite_values || !a.finite_values[rows[0].b * a.size.kv_heads + kv_head]) return false;  // 0 times inf
-  return sampled_share<T, Target>(a, packed, rows, num_rows, keys, scratch) > kDenseShare;
+  for (int64_t r = 0; r < num_rows; ++r) finish_row<T, Target>(a, rows[r], r, scratch);
 }
 
 template <typename T>
@@ -235,8 +238,11 @@ void forward(const Attention<T>& a, int64_t b, int64_t h, Range queries, const A
   }
   const double largest_key = largest_norm(a, head, panels, {keys.begin / P, ceil_div(keys.end, P)});
   for (int64_t r = 0; r < num_rows; ++r) rows[r].error = error_of(a, rows[r], largest_key);
-  const T* packed = a.packed_keys + head * panels * P * a.size.width;
-  if (mostly_kept<T, Target>(a, packed, rows, num_rows, keys, scratch))
+  const T* packed = a.packed_keys + head * a.packed_stride;
+  if (keys.end - keys.begin / P * P <= strip_keys<T>())
+    strip_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
+  else if (may_be_dense<T, Target>(a, rows, num_rows) &&
+           sampled_share<T, Target>(a, packed, rows, num_rows, keys, scratch) > kDenseSampledShare)
     dense_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
   else
     sparse_block<T, Target>(a, packed, rows, num_rows, keys, scratch);
@@ -255,62 +261,8 @@ void forward_bits(const Attention<T>& a, const KeptBits<T>& bits, int64_t b, int
     rows[r].error = error_of(a, rows[r], largest_key);
     bits.clear(row_number(a, rows[r]));
   }
-  dense_block<T, Target>(a, a.packed_keys + head * panels * P * a.size.width, rows, queries.end - queries.begin, keys,
-                         scratch, &bits);
-}
-
-// The share of keys that may be kept by a few queries of a head, among a few keys all over those in sight.
-template <typename T, class Target>
-double head_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionScratch<T>& scratch) {
-  constexpr int64_t Queries = 8, Places = 4, Keys = 64;  // at each place
-  constexpr int L = Target::Lanes;
-  const T* keys = a.key.head(b, h / (a.size.heads / a.size.kv_heads));
-  int64_t found = 0, seen = 0;
-  for (int64_t s = 0; s < Queries; ++s) {
-    const int64_t i = (2 * s + 1) * a.size.queries / (2 * Queries);
-    const QueryState<T> q = start_query(a, window_of(a, a.threshold), b, h, i, scratch.queries);
-    const int64_t spare = max64(q.sight.end - q.sight.first - Keys, 0);
-    T* scores = scratch.scores;
-    T top = -__builtin_inf();
-    int64_t counts[Places];
-    for (int64_t p = 0; p < Places; ++p) {
-      const int64_t first = q.sight.first + p * spare / (Places - 1), count = min64(Keys, q.sight.end - first);
-      direct_scores<T, L>(scratch.queries, a.size.width, keys + first * a.key.stride, a.key.stride, count,
-                          scores + p * Keys);
-      counts[p] = finish_scores<T, L>(a, q, first, count, scores + p * Keys);
-      top = larger_of(top, largest_score<T, L>(scores + p * Keys, counts[p]));
-    }
-    const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);  // masked keys are under it
-    const T least = larger_of(T((q.from_top ? double(top) : 0) + q.cut), lowest);
-    for (int64_t p = 0; p < Places; seen += counts[p++])
-      for (int64_t j = 0; j < counts[p]; j += L)
-        found += count_bits(not_below<T, L>(load<T, L>(scores + p * Keys + j), least));
-  }
-  return seen > 0 ? double(found) / double(seen) : 0;
-}
-
-// The share of keys kept by a few queries of a head, of all those in sight: without the largest scores in view the
-// other look takes too many for kept.
-template <typename T, class Target>
-double true_share(const Attention<T>& a, int64_t b, int64_t h, const AttentionScratch<T>& scratch) {
-  constexpr int64_t Queries = 8;
-  constexpr int L = Target::Lanes;
-  const T* keys = a.key.head(b, h / (a.size.heads / a.size.kv_heads));
-  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);  // masked keys are under it
-  T* scores = scratch.weights;
-  int64_t found = 0, seen = 0;
-  for (int64_t s = 0; s < Queries; ++s) {
-    const int64_t i = (2 * s + 1) * a.size.queries / (2 * Queries);
-    const QueryState<T> q = start_query(a, window_of(a, a.threshold), b, h, i, scratch.queries);
-    const int64_t first = q.sight.first, number = q.sight.end - first;
-    direct_scores<T, L>(scratch.queries, a.size.width, keys + first * a.key.stride, a.key.stride, number, scores);
-    const int64_t count = finish_scores<T, L>(a, q, first, number, scores);
-    const T top = largest_score<T, L>(scores, count);
-    const T least = larger_of(T((q.from_top ? double(top) : 0) + q.cut), lowest);
-    for (int64_t j = 0; j < count; j += L) found += count_bits(not_below<T, L>(load<T, L>(scores + j), least));
-    seen += count;
-  }
-  return seen > 0 ? double(found) / double(seen) : 0;
+  dense_block<T, Target>(a, a.packed_keys + head * a.packed_stride, rows, queries.end - queries.begin, keys, scratch,
+                         &bits);
 }
 
 template <typename T, class Target>

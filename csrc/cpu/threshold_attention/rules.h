@@ -170,7 +170,7 @@ struct EntmaxSums {
 // Newton's method on the convex sum of weights, from the left, never passes tau; and it has arrived where it stands
 // still. What a step leaves without weight has none at any later tau either.
 template <typename T, int L>
-int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t count, T& log_sum) {
+int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t count, double& sum) {
   const double slope = q.threshold - 1, top = q.top;
   const bool sparsemax = q.threshold == 2;
   double tau = -1;
@@ -187,7 +187,7 @@ int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t coun
     count = filter<T, L>(columns, scores, count, [&](Vec<T, L> some, int64_t) { return not_below<T, L>(some, least); });
   }
   int64_t kept = 0;
-  double sum = 0;
+  sum = 0;
   for (int64_t e = 0; e < count; ++e) {
     const double below = double(scores[e]) - double(q.top), above = slope * below - tau;
     if (above <= 0) continue;
@@ -195,7 +195,6 @@ int64_t entmax(const QueryState<T>& q, int32_t* columns, T* scores, int64_t coun
     columns[kept] = columns[e];
     scores[kept++] = T(sparsemax ? above : above * above);
   }
-  log_sum = T(double(q.top) + __builtin_log(sum));
   return kept;
 }
 

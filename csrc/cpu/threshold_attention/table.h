@@ -56,7 +56,8 @@ struct Attention {
   double scale;
   double dropout;
   uint64_t seed;
-  const T* packed_keys;          // [batch, kv_heads, panels, width, panel_keys] by `pack_keys`, or null
+  const T* packed_keys;          // of each key-value head [panels, width, panel_keys] by `pack_keys`, or null
+  int64_t packed_stride;         // between heads; 0 where it is the head at hand alone
   const double* norms;           // [batch, kv_heads, panels]: the largest norm of a key in the panel
   const uint8_t* index;          // by `pack_index`, or null
   int64_t index_stride;          // of a key-value head

@@ -1,6 +1,7 @@
 // Products of 24 queries with packed keys, of rows of weights with values, and of keys one by one.
 #pragma once
 
+#include "../panels.h"
 #include "query.h"
 
 namespace {
@@ -34,14 +35,15 @@ constexpr int64_t score_stride() {
 template <typename T, class Target>
 void pack_keys(const T* keys, int64_t stride, int64_t number, int64_t width, T* packed, double* norms) {
   constexpr int64_t P = Target::PanelKeys;
-  for (int64_t panel = 0; panel * P < number; ++panel, packed += width * P) {
+  for (int64_t first = 0; first < number; first += P, packed += width * P) {
+    const int64_t valid = min64(P, number - first);
+    const T* some = keys + first * stride;
+    pack_panel<T, Target::Lanes>(some, stride, valid, width, P, packed);
+    if (!norms) continue;
     double largest = 0;
-    for (int64_t lane = 0; lane < P; ++lane, keys += stride) {
-      const bool valid = panel * P + lane < number;
-      for (int64_t d = 0; d < width; ++d) packed[d * P + lane] = valid ? keys[d] : T(0);
-      if (valid && norms) largest = larger_or_nan(largest, norm_above(keys, width));
-    }
-    if (norms) norms[panel] = largest;
+    for (int64_t lane = 0; lane < valid; ++lane)
+      largest = larger_or_nan(largest, norm_above(some + lane * stride, width));
+    norms[first / P] = largest;
   }
 }
 
@@ -134,6 +136,15 @@ void clear(T* rows, int64_t stride, int64_t width, Range which) {
 template <typename T, int L>
 void direct_scores(const T* query, int64_t width, const T* rows, int64_t stride, int64_t count, T* scores) {
   dots_by_fours<T, L>(width, count, query, scores, [&](int64_t j) { return rows + j * stride; });
+}
+
+// scores[r][0 ..) of the keys [first, end) by tiles; first lies at the beginning of a panel
+template <typename T, class Target>
+void score_panels(const Attention<T>& a, const T* packed, int64_t num_rows, int64_t first, int64_t end,
+                  const AttentionScratch<T>& scratch, T* scores, int64_t stride) {
+  for (int64_t key = first; key < end; key += Target::PanelKeys)
+    score_rows<T, Target::Lanes, Target::Vectors, Target::Rows>(
+        scratch.queries, num_rows, a.size.width, packed + key * a.size.width, scores + key - first, stride);
 }
 
 }  // namespace

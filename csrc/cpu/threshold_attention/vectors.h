@@ -272,7 +272,7 @@ void scatter(const T* x, int64_t width, const int32_t* columns, const T* weights
 
 // The first `count` lanes, 0 < count < L; the others are 0.
 template <typename T, int L>
-COMPSPARSE_INLINE Vec<T, L> load_partial(const T* p, int64_t count) {
+COMPSPARSE_INLINE Vec<T, L> load_first(const T* p, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) * L == 64 && sizeof(T) == 4) return (Vec<T, L>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
   if constexpr (sizeof(T) * L == 64 && sizeof(T) == 8) return (Vec<T, L>)_mm512_maskz_loadu_pd((1u << count) - 1, p);
@@ -287,7 +287,7 @@ COMPSPARSE_INLINE T dot(const T* a, const T* b, int64_t width) {
   Vec<T, L> acc = {};
   int64_t d = 0;
   for (; d + L <= width; d += L) acc += load<T, L>(a + d) * load<T, L>(b + d);
-  if (d < width) acc += load_partial<T, L>(a + d, width - d) * load_partial<T, L>(b + d, width - d);
+  if (d < width) acc += load_first<T, L>(a + d, width - d) * load_first<T, L>(b + d, width - d);
   return sum_lanes<T, L>(acc);
 }
 
@@ -337,8 +337,8 @@ COMPSPARSE_INLINE void dots_by_fours(int64_t width, int64_t count, const T* x, T
       COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] += some * load<T, L>(row[i] + d);
     }
     if (d < width) {
-      const Vec<T, L> some = load_partial<T, L>(x + d, width - d);
-      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] += some * load_partial<T, L>(row[i] + d, width - d);
+      const Vec<T, L> some = load_first<T, L>(x + d, width - d);
+      COMPSPARSE_UNROLL for (int i = 0; i < 4; ++i) acc[i] += some * load_first<T, L>(row[i] + d, width - d);
     }
     if (e + 4 <= count) {
       sums_of_four<T, L>(acc, dots + e);

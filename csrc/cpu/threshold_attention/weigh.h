@@ -8,15 +8,13 @@ namespace {
 // What a row hands on to the backward.
 template <typename T>
 struct RowSums {
-  T log_sum;  // of e^score over the support
-  T slope;
+  T top;       // the score from which the others are taken
+  double all;  // sum of e^(score - top) over the support
+  T slope = 0;
   T sum = 0;  // of the weights before they were divided by it
-};
 
-template <typename T>
-T log_of_sum(T top, double sum) {
-  return T(double(top) + __builtin_log(sum));
-}
+  T log_sum() const { return T(double(top) + __builtin_log(all)); }
+};
 
 // A sum of vectors over all their lanes: some of them at a time, then their sums in double.
 template <typename T, int L>
@@ -56,10 +54,11 @@ RowSums<T> softmax(T* scores, int64_t count, T top) {
     store<T, L>(scores + e, weight);
     total.add(weight);
   }
-  const T sum = T(total.total()), log_sum = log_of_sum(top, total.total());
-  if (sum == 0) return {log_sum, 0};
+  const double all = total.total();
+  const T sum = T(all);
+  if (sum == 0) return {top, all};
   divide<T, L>(scores, count, sum);
-  return {log_sum, 0 / sum, sum};  // no number where the weights are none
+  return {top, all, 0 / sum, sum};  // no number where the weights are none
 }
 
 template <typename T, int L>
@@ -73,10 +72,10 @@ RowSums<T> shrink(const QueryState<T>& q, T* scores, int64_t count, T top) {
     all.add(share);
     total.add(weight);
   }
-  const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
-  if (sum == 0) return {log_sum, 0};
+  const T sum = T(total.total());
+  if (sum == 0) return {top, all.total()};
   divide<T, L>(scores, count, sum);
-  return {log_sum, base / sum, sum};
+  return {top, all.total(), base / sum, sum};
 }
 
 template <typename T, int L>
@@ -90,10 +89,10 @@ RowSums<T> rectified(const QueryState<T>& q, T* scores, int64_t count, T top) {
     all.add(exp_of_negative<T, L>(score - top));
     total.add(weight);
   }
-  const T sum = T(total.total()), log_sum = log_of_sum(top, all.total());
-  if (sum == 0) return {log_sum, 0};
+  const T sum = T(total.total());
+  if (sum == 0) return {top, all.total()};
   divide<T, L>(scores, count, sum);
-  return {log_sum, 1 / sum, sum};
+  return {top, all.total(), 1 / sum, sum};
 }
 
 // Is some score no number?
@@ -122,7 +121,7 @@ RowSums<T> weigh(const Attention<T>& a, const QueryState<T>& q, T* scores, int64
   if (!(top > -infinity)) top = 0;  // nothing is kept, or what is no number
   const bool infinite = top == infinity && !any_undefined(scores, count);
   RowSums<T> sums = weigh_by<T, L>(a, q, scores, count, top);
-  if (infinite) sums.log_sum = infinity;
+  if (infinite) sums.top = infinity, sums.all = 1;
   return sums;
 }
 
