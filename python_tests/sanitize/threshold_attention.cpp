@@ -190,7 +190,7 @@ Support<T> check_forward(const AttentionKernels<T>& kernel, const Inputs<T>& inp
   const Exact exact = exact_forward(a);
   check_way(kernel, inputs, a, exact, "direct", indexed);
   const Packed<T> packed(kernel, s, inputs.keys(), s.width, true);
-  a.packed_keys = packed.panels.data(), a.norms = packed.norms.data();
+  a.packed_keys = packed.panels.data(), a.packed_stride = packed.head_size, a.norms = packed.norms.data();
   if (kernel.forward_indexed) check_index(kernel, inputs, a, exact, indexed);
   Support<T> support = check_way(kernel, inputs, a, exact, "sparse", indexed);
   Buffer<uint8_t> finite(s.batch * s.kv_heads);
@@ -265,7 +265,8 @@ void run_forward_bits(const AttentionKernels<T>& kernel, const Inputs<T>& inputs
   Buffer<uint8_t> finite(s.batch * s.kv_heads);
   for (int64_t head = 0; head < finite.size(); ++head) finite[head] = 1;
   Attention<T> a = inputs.attention(bits.out);
-  a.packed_keys = packed.panels.data(), a.norms = packed.norms.data(), a.finite_values = finite.data();
+  a.packed_keys = packed.panels.data(), a.packed_stride = packed.head_size;
+  a.norms = packed.norms.data(), a.finite_values = finite.data();
   for (int64_t head = 0; head < s.batch * s.heads; ++head)
     for (int64_t begin = 0; begin < s.queries; begin += kernel.block_queries) {
       const BlockScratch<T> scratch(kernel, s);
