@@ -109,6 +109,10 @@ def test_padded_keys_may_hold_anything(keys):
     inputs = [tensor.clone() for tensor in (query, key, value)]
     key[:, :, -5:], value[:, :, -5:] = torch.nan, torch.nan
     assert torch.equal(threshold_attention(query, key, value, **few), threshold_attention(*inputs, **few))
+    queries, many = query[:, :, :3], {"threshold": 0.1, "key_padding_mask": padding}  # queries too few for tiles
+    assert torch.equal(
+        threshold_attention(queries, key, value, **many), threshold_attention(queries, *inputs[1:], **many)
+    )
     # By tiles, which add up all values, only where these are finite: equal to rounding.
     dense = threshold_attention(*inputs, **all_there)
     torch.testing.assert_close(threshold_attention(query, key, value, **all_there), dense)

@@ -190,6 +190,9 @@ def test_dropout(choice, dtype):
     without = run(tensors, **options)[1]
     assert torch.equal(support.col_idx, without.col_idx)
     torch.testing.assert_close(support.weights, without.weights)  # to rounding: these may have gone by tiles
+    few = [tensors[0][:, :, :3], *tensors[1:]]  # too few for tiles
+    with_dropout, without = run(few, dropout_p=0.3, seed=-5, **options)[1], run(few, **options)[1]
+    assert torch.equal(with_dropout.weights, without.weights)
 
 
 def test_dropout_of_everything_kept():

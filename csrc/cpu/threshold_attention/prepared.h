@@ -81,7 +81,7 @@ class PreparedKeys {
   }
 
  private:
-  static constexpr int64_t kHeadsEach = 8;  // of a thread: the last to end keeps the others waiting for little
+  static constexpr int64_t kHeadsEach = 8;  // of a thread at least: the last to end keeps the others waiting for little
 
   void prepare(int64_t b, int64_t kv_head, T* packed) {
     const int64_t head = b * a_.size.kv_heads + kv_head;
